@@ -1,0 +1,126 @@
+"""attach and detach: a plain model becomes a LIFT model and back, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lift_ds.attachment import Attachment, attachment_of, erase, record, require_attachment
+from lift_ds.config import LiftConfig
+from lift_ds.layers import INDEX, MANAGED_CLASSES, VALUES, PrincipalLayer, logical_shape
+from lift_ds.logs import get_logger
+from lift_ds.refresh import select
+from lift_ds.targets import find_extra_parameters, find_targets, unmanaged_summary
+from lift_ds.zero.partitioned import gathered, is_partitioned, partition_like
+
+logger = get_logger()
+
+#: Flat positions are stored as int32.
+_MAX_ENTRIES = 2**31 - 1
+
+
+def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
+    """Make a model train its principal weights and nothing else, in place.
+
+    Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal_values` θ [k]
+    (trainable, float32 until DeepSpeed casts it) and `principal_index` I [k] (int32, frozen), selected from the
+    weights as they are now.
+
+    Works under `deepspeed.zero.Init` too: then every rank gathers one weight at a time (one all-gather a
+    matrix), selects, and θ and I are partitioned like the weight (one broadcast each).
+
+    Args:
+        model: any `nn.Module` with linear layers; a causal language model of transformers as a rule.
+        config: the settings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when LIFT is attached already, nothing matches the target modules, or a weight has NaN or
+            infinite entries (the message names it). The model is unchanged then.
+    """
+    if attachment_of(model) is not None:
+        raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
+    targets = find_targets(model, config.target_modules)
+    extra = find_extra_parameters(model, config.extra_trainable, targets)
+    for name, module in targets.items():
+        _refuse_too_large(name, logical_shape(module.weight))
+    left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
+
+    selected = {name: _select_in(name, module, config) for name, module in targets.items()}
+    required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in extra)
+    layers = {name: _manage(module, *selected.pop(name)) for name, module in targets.items()}
+    attachment = Attachment(config, layers, required_grad)
+    record(model, attachment)
+    _log_attachment(attachment, len(extra), left_out)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Make a LIFT model a plain model again, in place: original classes, parameters and `requires_grad`.
+
+    The weights hold the trained values already. Under ZeRO-3 they stay partitioned; no collective runs.
+
+    Args:
+        model: a model that `attach` returned.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when LIFT is not attached.
+    """
+    attachment = require_attachment(model)
+    erase(model)
+    original = {managed: plain for plain, managed in MANAGED_CLASSES.items()}
+    for layer in attachment.layers.values():
+        delattr(layer, VALUES)
+        delattr(layer, INDEX)
+        layer.__class__ = original[type(layer)]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attachment.required_grad)
+    return model
+
+
+def _refuse_too_large(name: str, shape: torch.Size) -> None:
+    if shape.numel() > _MAX_ENTRIES:
+        raise ValueError(f"{name}.weight has {shape.numel():,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
+
+
+@torch.no_grad()
+def _select_in(name: str, module: nn.Module, config: LiftConfig) -> tuple[Tensor, Tensor]:
+    """Return θ [k] and I int32 [k] of a layer, whole on every rank."""
+    with gathered([module.weight]):
+        weight = module.weight.detach()
+        index = select(name, weight, config)
+        # ZeRO-3 expects one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
+        dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
+        return weight.reshape(-1)[index.long()].to(dtype), index
+
+
+def _manage(module: nn.Module, values: Tensor, index: Tensor) -> PrincipalLayer:
+    module.__class__ = MANAGED_CLASSES[type(module)]
+    assert isinstance(module, PrincipalLayer)
+    module.register_parameter(VALUES, nn.Parameter(values))
+    module.register_parameter(INDEX, nn.Parameter(index, requires_grad=False))
+    partition_like(module.weight, [module.principal_values, module.principal_index])
+    return module
+
+
+def _log_attachment(attachment: Attachment, extra: int, left_out: list[str]) -> None:
+    config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
+    total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
+    budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
+    logger.info(
+        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps%s",
+        len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, config.lra_rank,
+        config.refresh_interval, f"; {extra} more parameters trained densely" if extra else "",
+    )  # fmt: skip
+    whole = sum(config.lra_rank >= min(shape) for shape in shapes)
+    if whole:
+        logger.info("lra_rank %d is not below the smaller side of %d of them: there W' = W", config.lra_rank, whole)
+    if left_out:
+        logger.warning("not managed by LIFT, left frozen: %s", "; ".join(left_out))

@@ -1,0 +1,101 @@
+"""Attachment: what `attach` did to a model, and the watch that LIFT is really active."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lift_ds.config import LiftConfig
+from lift_ds.layers import PrincipalLayer
+
+_ATTRIBUTE = "_lift_attachment"
+
+
+@dataclass
+class Attachment:
+    """The managed layers of one model, what is needed to undo the attachment, and whether it is active.
+
+    Args:
+        config: the settings it was attached with.
+        layers: dotted name -> managed layer, in the order of the model's modules.
+        required_grad: names of the parameters that required grad before.
+        driven: whether something applies the principal values after a step (LiftAdamW, or the facade over ZeRO).
+        gradient_seen: whether a gradient reached a principal value since the last applied step.
+    """
+
+    config: LiftConfig
+    layers: dict[str, PrincipalLayer]
+    required_grad: frozenset[str]
+    driven: bool = False
+    gradient_seen: bool = False
+
+    def note_backward(self) -> None:
+        """Note that a gradient reached principal values.
+
+        Raises:
+            RuntimeError: when nothing would ever write them into the weights.
+        """
+        if not self.driven:
+            raise RuntimeError(
+                "LIFT is attached but not active: nothing applies the principal values after a step. Build the "
+                "optimizer with lift_ds.LiftAdamW(model), the engine with lift_ds.initialize(...), or add "
+                "lift_ds.LiftCallback() to the Trainer; lift_ds.detach(model) makes it a plain model again"
+            )
+        self.gradient_seen = True
+
+    def confirm_gradients(self) -> None:
+        """Check at an applied step that gradients reached LIFT since the last one.
+
+        Raises:
+            RuntimeError: when no layer saw a gradient, so that the step trained nothing.
+        """
+        if not self.gradient_seen:
+            raise RuntimeError(
+                "LIFT is attached but not active: no gradient reached a principal value since the last step. With "
+                "reentrant activation checkpointing call model.enable_input_require_grads(), since the embeddings "
+                "are frozen; also check that the managed layers take part in the loss"
+            )
+        self.gradient_seen = False
+
+    def entries(self) -> int:
+        """Return how many entries are trained in all managed matrices together."""
+        return sum(layer.entries() for layer in self.layers.values())
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, also through wrappers that hold it as a submodule; None without one."""
+    for module in model.modules():
+        attachment = module.__dict__.get(_ATTRIBUTE)
+        if attachment is not None:
+            return attachment
+    return None
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """Return the attachment of a model.
+
+    Raises:
+        ValueError: when LIFT is not attached to it.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(f"LIFT is not attached to this {type(model).__name__}; call lift_ds.attach(model, config) first")
+    return attachment
+
+
+def record(model: nn.Module, attachment: Attachment) -> None:
+    """Store an attachment with its model; its layers refer to it too."""
+    model.__dict__[_ATTRIBUTE] = attachment
+    for layer in attachment.layers.values():
+        layer.__dict__["lift_attachment"] = attachment
+
+
+def erase(model: nn.Module) -> None:
+    """Forget the attachment of a model."""
+    for module in model.modules():
+        attachment = module.__dict__.pop(_ATTRIBUTE, None)
+        if attachment is not None:
+            for layer in attachment.layers.values():
+                del layer.__dict__["lift_attachment"]
+            return

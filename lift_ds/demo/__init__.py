@@ -1,0 +1,1 @@
+"""A run that needs no download: generated text, and a small base model trained on one kind of it."""

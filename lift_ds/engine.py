@@ -1,0 +1,196 @@
+"""initialize: DeepSpeed's engine with LIFT in it."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from torch import nn
+
+from lift_ds import checkpoint
+from lift_ds.attach import attach
+from lift_ds.attachment import attachment_of, require_attachment
+from lift_ds.config import LIFT_BLOCK, LiftConfig, read_ds_config
+from lift_ds.layers import logical_shape
+from lift_ds.logs import get_logger
+from lift_ds.optimizer import LiftAdamW
+from lift_ds.zero.facade import bind
+from lift_ds.zero.partitioned import is_partitioned
+
+logger = get_logger()
+
+AUTO = "auto"
+
+
+def initialize(
+    *,
+    model: nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    optimizer: torch.optim.Optimizer | None = None,
+    **kwargs: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Like `deepspeed.initialize`, for a model that trains its principal weights.
+
+    Attaches LIFT by the `"lift"` block where `attach` has not been called (casting the parameters to the dtype of
+    training first, so that the selection is made in what is trained), builds LiftAdamW from the same block where no
+    optimizer is given, fills in what the file leaves as `"auto"`, and binds write-back and refresh to `engine.step()`.
+    `engine.save_checkpoint` writes a description of the model beside the states, `engine.load_checkpoint` checks it
+    before anything is loaded.
+
+    Args:
+        model: the model, attached or not, whole or partitioned by `deepspeed.zero.Init`.
+        config: path of a DeepSpeed JSON file with a `"lift"` block, or its content.
+        optimizer: the optimizer over the principal values.
+        **kwargs: passed to `deepspeed.initialize` (`training_data`, `lr_scheduler`, `collate_fn`, ...).
+
+    Returns:
+        engine, optimizer, data loader, learning-rate schedule, as `deepspeed.initialize` returns them.
+
+    Raises:
+        ValueError: for a file with an `"optimizer"` block, an unknown `"auto"`, or invalid LIFT settings.
+    """
+    ds_config = read_ds_config(config)
+    refuse_optimizer_block(ds_config)
+    _attach_by(ds_config, model)
+    settings = require_attachment(model).config
+    if optimizer is None:
+        optimizer = LiftAdamW(
+            model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+    ds_config = resolve_auto(ds_config, model)
+    # LIFT's optimizer is a client optimizer to DeepSpeed, which asks for these two to be said.
+    ds_config.setdefault("zero_allow_untested_optimizer", True)
+    ds_config.setdefault("zero_force_ds_cpu_optimizer", False)
+    engine, ds_optimizer, loader, schedule = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=ds_config, **kwargs
+    )
+    bind(model, engine.optimizer)
+    _describe_checkpoints(engine)
+    return engine, ds_optimizer, loader, schedule
+
+
+def refuse_optimizer_block(ds_config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed configuration that brings an optimizer of its own.
+
+    Raises:
+        ValueError: when it has an `"optimizer"` block.
+    """
+    if "optimizer" in ds_config:
+        raise ValueError(
+            f'the DeepSpeed configuration has an "optimizer" block ({ds_config["optimizer"]!r}); remove it: LIFT brings '
+            f'LiftAdamW, whose settings (lr, betas, eps, weight_decay) belong into the "{LIFT_BLOCK}" block'
+        )
+
+
+def resolve_auto(ds_config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Fill in the values that a DeepSpeed file leaves as "auto", as the Hugging Face Trainer does.
+
+    Args:
+        ds_config: content of the file.
+        model: the model to be trained; bf16 or fp16 is enabled if its weights are in it, buckets follow its width.
+
+    Returns:
+        A copy without "auto".
+
+    Raises:
+        ValueError: for a key whose "auto" has no meaning.
+    """
+    width = _hidden_size(model)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    values: dict[tuple[str, ...], Any] = {
+        ("train_micro_batch_size_per_gpu",): 1,
+        ("gradient_accumulation_steps",): 1,
+        ("train_batch_size",): None,  # follows from the other two
+        ("gradient_clipping",): 1.0,
+        ("bf16", "enabled"): dtype == torch.bfloat16,
+        ("fp16", "enabled"): dtype == torch.float16,
+        ("zero_optimization", "reduce_bucket_size"): width * width,
+        ("zero_optimization", "allgather_bucket_size"): width * width,
+        ("zero_optimization", "stage3_prefetch_bucket_size"): int(0.9 * width * width),
+        ("zero_optimization", "stage3_param_persistence_threshold"): 10 * width,
+    }
+    chosen: list[str] = []
+    resolved = _replace_auto(ds_config, (), values, chosen)
+    if chosen:
+        logger.info('"auto" in the DeepSpeed configuration became %s', ", ".join(chosen))
+    return resolved
+
+
+def _replace_auto(
+    node: Mapping[str, Any], path: tuple[str, ...], values: Mapping[tuple[str, ...], Any], chosen: list[str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in node.items():
+        here = (*path, key)
+        if isinstance(value, Mapping) and here != (LIFT_BLOCK,):
+            result[key] = _replace_auto(value, here, values, chosen)
+        elif value != AUTO:
+            result[key] = value
+        elif here not in values:
+            known = ", ".join(".".join(name) for name in values)
+            raise ValueError(f'{".".join(here)}="auto" in the DeepSpeed configuration: give a value; "auto" works for {known}')
+        elif values[here] is not None:
+            result[key] = values[here]
+            chosen.append(f"{'.'.join(here)}={values[here]}")
+    return result
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(config, "hidden_size", None)
+    widest = max(logical_shape(layer.weight)[-1] for layer in require_attachment(model).layers.values())
+    return int(size or widest)
+
+
+def _attach_by(ds_config: Mapping[str, Any], model: nn.Module) -> None:
+    attachment = attachment_of(model)
+    if attachment is None:
+        settings = LiftConfig.from_ds_config(ds_config)
+        _cast_parameters(model, ds_config)
+        attach(model, settings)
+    elif LIFT_BLOCK in ds_config and LiftConfig.from_ds_config(ds_config) != attachment.config:
+        logger.warning(
+            'LIFT was attached with other settings than the "%s" block has; the block is not applied', LIFT_BLOCK
+        )
+
+
+def _cast_parameters(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
+    for block, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if ds_config.get(block, {}).get("enabled") is True:
+            for parameter in model.parameters():
+                if parameter.is_floating_point() and not is_partitioned(parameter):
+                    parameter.data = parameter.data.to(dtype)
+
+
+def _describe_checkpoints(engine: Any) -> None:
+    """Let the engine describe what it saves and check what it loads."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    def save_checkpoint(self: Any, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        result = save(save_dir, tag, *args, **kwargs)
+        if comm.get_rank() == 0:
+            checkpoint.describe(self.module, os.path.join(save_dir, tag))
+        comm.barrier()
+        return result
+
+    def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint.verify(self.module, os.path.join(load_dir, _latest(load_dir) if tag is None else str(tag)))
+        return load(load_dir, tag, *args, **kwargs)
+
+    engine.save_checkpoint = types.MethodType(save_checkpoint, engine)
+    engine.load_checkpoint = types.MethodType(load_checkpoint, engine)
+
+
+def _latest(load_dir: str) -> str:
+    path = os.path.join(load_dir, "latest")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing: {load_dir!r} holds no checkpoint; name one by its tag, or another folder")
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()

@@ -1,0 +1,41 @@
+"""The package's logger: visible without any set-up, one voice for all ranks, friendly to progress bars."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def is_main_rank() -> bool:
+    """Tell whether this process speaks for the run: global rank 0, or a run of one process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class _ProgressBarHandler(logging.Handler):
+    """Writes above progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def get_logger() -> logging.Logger:
+    """Return the logger "lift_ds": INFO and above, ranks other than 0 say errors alone.
+
+    A handler is added only where the application has not set one on this logger.
+    """
+    logger = logging.getLogger("lift_ds")
+    if not logger.handlers:
+        handler = _ProgressBarHandler()
+        handler.setFormatter(logging.Formatter("[lift_ds] %(message)s"))
+        handler.addFilter(lambda record: record.levelno >= logging.ERROR or is_main_rank())
+        logger.addHandler(handler)
+        logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    return logger

@@ -1,0 +1,37 @@
+"""Principal indices: the positions of the largest entries of the low-rank approximation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lift_ds.selection.low_rank import low_rank_factors, working_precision
+from lift_ds.selection.topk import top_k_positions
+
+
+@torch.no_grad()
+def principal_indices(weight: Tensor, *, k: int, lra_rank: int = 128, solver: str = "auto") -> Tensor:
+    """Select the principal weights of one matrix (section 3 of the paper).
+
+    Args:
+        weight: [m, n], any floating dtype, finite.
+        k: entries to select, 1 <= k <= m * n.
+        lra_rank: r; where r >= min(m, n) the matrix itself is ranked.
+        solver: "svd", "gram" or "auto".
+
+    Returns:
+        Flat row-major positions of the k largest entries of abs(W'), int64 [k], ascending. One result for
+        one matrix: ties are broken by position.
+
+    Raises:
+        ValueError: when the matrix is not 2-D, k is out of range, or an entry is NaN or infinite.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; principal weights are selected in 2-D matrices")
+    if not 1 <= k <= weight.numel():
+        raise ValueError(f"k={k} is not in 1..{weight.numel()}, the entries of a {tuple(weight.shape)} matrix")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight {tuple(weight.shape)} has NaN or infinite entries; no entry can be ranked")
+    factors = low_rank_factors(weight, lra_rank, solver)
+    approximation = working_precision(weight) if factors is None else factors[0] @ factors[1]  # [m, n]
+    return top_k_positions(approximation.abs(), k)

@@ -1,0 +1,1 @@
+"""Everything that knows DeepSpeed: partitioned parameters, state access, write-back, the facade over its optimizers."""

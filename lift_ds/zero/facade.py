@@ -1,0 +1,113 @@
+"""bind: LIFT's part of a step, put behind the optimizer that really runs it.
+
+    engine.step()  ->  wrapper.step()      DeepSpeed: overflow check, clipping, Adam per group, gather of θ
+                       Driver.step_applied()   only if the step was applied: W.flat[I] = θ, count, refresh when due
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from lift_ds.attachment import Attachment, require_attachment
+from lift_ds.optimizer import LiftAdamW, drive_plain
+from lift_ds.refresh import Driver, PrincipalStore
+from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
+
+
+def bind(model: nn.Module, optimizer: Any) -> Driver:
+    """Let LIFT run after every applied step of an optimizer; binding again changes nothing.
+
+    Args:
+        model: the model LIFT is attached to, or a wrapper of it.
+        optimizer: `engine.optimizer` of DeepSpeed at any ZeRO stage, or a torch optimizer of Adam's kind.
+
+    Returns:
+        The driver that runs after its steps.
+
+    Raises:
+        ValueError: when LIFT is not attached, the optimizer does not train the principal values, or it is of a kind
+            whose states LIFT cannot reach.
+    """
+    attachment = require_attachment(model)
+    driver = getattr(optimizer, "driver", None)
+    if isinstance(driver, Driver) and driver.attachment is attachment:
+        return driver
+    _require_values(attachment, optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        driver, _ = drive_plain(optimizer, attachment)
+        optimizer.driver = driver  # type: ignore[attr-defined]
+        return driver
+    driver = Driver(attachment, _store_for(optimizer), optimizer.optimizer)
+    if isinstance(optimizer.optimizer, LiftAdamW):
+        optimizer.optimizer.yield_to(driver)
+        if _is_offloaded(optimizer):
+            optimizer.optimizer.step_with(_cpu_adam(optimizer.optimizer))
+    _run_after_applied_steps(optimizer, driver)
+    optimizer.driver = driver
+    return driver
+
+
+def _store_for(wrapper: Any) -> PrincipalStore:
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return PartitionedParameterStore()
+    if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        return PartitionedStateStore(wrapper)
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        return MasterCopyStore(wrapper)
+    raise ValueError(
+        f"LIFT cannot reach the states of {type(wrapper).__name__}; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW and "
+        'without ZenFlow or "super_offload"'
+    )
+
+
+def _trained_parameters(optimizer: Any) -> Iterable[Tensor]:
+    """The parameters of the model that an optimizer trains; DeepSpeed's groups name the half-precision ones."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        groups = [group["params"] for group in optimizer.param_groups]
+    else:
+        names = ("bit16_groups", "bf16_groups", "fp16_groups")
+        groups = next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), [])
+    return [parameter for group in groups for parameter in group]
+
+
+def _require_values(attachment: Attachment, optimizer: Any) -> None:
+    trained = {id(parameter) for parameter in _trained_parameters(optimizer)}
+    missing = [name for name, layer in attachment.layers.items() if id(layer.principal_values) not in trained]
+    if missing:
+        raise ValueError(
+            f"the optimizer {type(optimizer).__name__} does not train the principal values of {len(missing)} matrices "
+            f"({missing[0]}, ...): call lift_ds.attach(model, config) before the optimizer is built"
+        )
+
+
+def _is_offloaded(wrapper: Any) -> bool:
+    """Tell whether the master values live on the host by configuration."""
+    return bool(getattr(wrapper, "cpu_offload", False) or getattr(wrapper, "offload_optimizer", False))
+
+
+def _cpu_adam(optimizer: LiftAdamW) -> DeepSpeedCPUAdam:
+    placeholder = nn.Parameter(torch.zeros(1))
+    return DeepSpeedCPUAdam([placeholder], **{key: optimizer.defaults[key] for key in ("lr", "betas", "eps")})
+
+
+def _run_after_applied_steps(wrapper: Any, driver: Driver) -> None:
+    step = wrapper.step
+
+    def step_and_drive(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if not getattr(self, "overflow", False):
+            driver.step_applied()
+        return result
+
+    # A bound method: learning-rate schedulers of torch rebind `optimizer.step` to its owner.
+    wrapper.step = types.MethodType(step_and_drive, wrapper)

@@ -1,0 +1,77 @@
+"""Parameters that ZeRO-3 has partitioned: a flat shard per rank, whole only while gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
+from torch import Tensor
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Tell whether ZeRO-3 partitions a parameter (even if it is whole at this moment)."""
+    return is_zero_param(parameter)
+
+
+def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Make parameters whole on every rank, for reading; one all-gather, none where nothing is partitioned.
+
+    Args:
+        parameters: any parameters. On leaving, the partitioned ones hold only their shards again.
+    """
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+def partition_like(model_parameter: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Partition new parameters the way a parameter of the model is; nothing happens where that one is not.
+
+    Afterwards each rank holds 1/N of each, as rank 0 had it (one broadcast each).
+    """
+    if is_partitioned(model_parameter):
+        model_parameter.convert_to_zero_parameters(param_list=list(parameters))
+
+
+def shard_range(parameter: Tensor) -> tuple[int, int]:
+    """Return the flat positions [start, stop) of a partitioned parameter that this rank holds, padding excluded."""
+    size = parameter.ds_tensor.ds_numel
+    start = size * torch.distributed.get_rank(group=parameter.ds_process_group)
+    return min(start, parameter.ds_numel), min(start + size, parameter.ds_numel)
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter from a whole value every rank has: all of it, or this rank's shard; no collective runs.
+
+    Args:
+        parameter: any parameter.
+        value: the whole value, any shape of as many elements.
+    """
+    if not is_partitioned(parameter):
+        parameter.copy_(value.view_as(parameter))
+        return
+    start, stop = shard_range(parameter)
+    parameter.ds_tensor[: stop - start].copy_(value.reshape(-1)[start:stop])
+    if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
+        parameter.copy_(value.view_as(parameter))
+
+
+@torch.no_grad()
+def put_values_in_shard(weight: Tensor, index: Tensor, values: Tensor) -> None:
+    """W.flat[I] = θ in this rank's shard of W (and in W where it is whole at the moment); no collective runs.
+
+    Args:
+        weight: partitioned [m, n].
+        index: whole int32 [k], ascending.
+        values: whole [k].
+    """
+    start, stop = shard_range(weight)
+    bounds = torch.tensor([start, stop], dtype=index.dtype, device=index.device)
+    first, last = torch.searchsorted(index, bounds).tolist()
+    shard = weight.ds_tensor
+    positions = index[first:last].long() - start
+    shard.index_put_((positions.to(shard.device),), values[first:last].to(shard))
+    if weight.ds_status is ZeroParamStatus.AVAILABLE:
+        weight.view(-1).index_put_((index,), values.to(weight.dtype))

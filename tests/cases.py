@@ -1,0 +1,88 @@
+"""Small models and data shared by the tests: the same on every rank and in the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lift_ds
+
+VOCABULARY = 97
+GLOBAL_BATCH = 4
+
+#: Settings of the parity runs: 60 steps with a refresh every 20.
+PARITY = lift_ds.LiftConfig(
+    budget_rank=4, lra_rank=4, refresh_interval=20, solver="svd", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
+)
+PARITY_STEPS = 60
+
+
+def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+    """A Llama of two layers with the same weights at every call."""
+    settings: dict[str, Any] = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+
+
+def token_batch(step: int) -> Tensor:
+    """Token ids [GLOBAL_BATCH, 16] of one step; every rank takes its rows."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 16), generator=generator)
+
+
+class Matrices(nn.Module):
+    """Four independent linear layers: tall, wide, square, and one small enough that k = m * n."""
+
+    SHAPES = {"tall": (48, 12), "wide": (10, 60), "square": (32, 32), "whole": (8, 8)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        for name, (rows, columns) in self.SHAPES.items():
+            layer = nn.Linear(columns, rows, bias=False)
+            layer.weight.data = torch.randn(rows, columns, generator=generator) / columns**0.5
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sum over the layers of the mean squared distance from a fixed target; x [batch, 60]."""
+        losses = []
+        for name, (rows, columns) in self.SHAPES.items():
+            y = self.get_submodule(name)(x[:, :columns])
+            losses.append((y - torch.sin(x[:, :rows] * 3)).square().mean())
+        return torch.stack(losses).sum()
+
+
+def matrix_batch(step: int) -> Tensor:
+    """Inputs [GLOBAL_BATCH, 60] of one step."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    return torch.randn(GLOBAL_BATCH, 60, generator=generator)
+
+
+def loss_of(model: nn.Module, kind: str, step: int, rows: slice = slice(None)) -> Tensor:
+    """The loss of a "llama" or "matrices" model on the rows of one step's batch."""
+    if kind == "matrices":
+        return model(matrix_batch(step)[rows])
+    tokens = token_batch(step)[rows]
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def build(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A "llama" or "matrices" model with the same weights at every call."""
+    return Matrices() if kind == "matrices" else small_llama(dtype)
+
+
+def managed_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """Name of the layer -> weight, of the layers LIFT manages by default, written out independently of it."""
+    if kind == "matrices":
+        return {name: model.get_submodule(name).weight for name in Matrices.SHAPES}
+    return {
+        name.removesuffix(".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith("_proj.weight")
+    }
