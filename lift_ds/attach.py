@@ -46,7 +46,7 @@ def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
     extra = find_extra_parameters(model, config.extra_trainable, targets)
     for name, module in targets.items():
         _refuse_too_large(name, logical_shape(module.weight))
-    left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
+    left_out = unmanaged_summary(model, targets, extra) if config.target_modules is None else []
 
     selected = {name: _select_in(name, module, config) for name, module in targets.items()}
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)

@@ -53,8 +53,10 @@ def verify(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     current = _description(model)
-    if saved.get("format") != current["format"]:
-        raise ValueError(f"{path}: format {saved.get('format')!r}, this version reads {current['format']}")
+    if not isinstance(saved, dict) or "format" not in saved:
+        raise ValueError(f"{path}: not a description of a LIFT checkpoint")
+    if saved["format"] != current["format"]:
+        raise ValueError(f"{path}: format {saved['format']!r}, this version reads {current['format']}")
     _compare_layers(path, saved["matrices"], current["matrices"])
     for key, value in current["config"].items():
         if key not in _FREE_SETTINGS and saved["config"].get(key) != value:
@@ -71,7 +73,7 @@ def _description(model: nn.Module) -> dict[str, Any]:
 
 
 def _compare_layers(path: str, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    for name in saved.keys() | current.keys():
+    for name in {**saved, **current}:
         if name not in current:
             raise ValueError(f"{path}: a checkpoint of another model: it has the matrix {name}, this model does not")
         if name not in saved:

@@ -4,7 +4,7 @@ A row has one of three layouts:
 
     instruction, input, output     framed as in Alpaca; `input` may be empty or absent
     prompt, completion             used as it is: two strings, or two lists of chat messages
-    messages                       a chat; all turns but the last are the prompt, the last (the assistant's) the completion
+    messages                       a chat; its last turn, the assistant's, is the completion, the rest the prompt
 
 The frame lives here alone, so that training, evaluation and generation cannot drift apart.
 """
@@ -274,7 +274,7 @@ def hold_out(rows: Dataset, size: float, seed: int) -> tuple[Dataset, Dataset]:
         ValueError: the size leaves nothing on one side.
     """
     count = round(size * len(rows)) if 0 < size < 1 else int(size)
-    if count != size and size >= 1 or not 0 < count < len(rows):
+    if (count != size and size >= 1) or not 0 < count < len(rows):
         raise ValueError(
             f"--eval_split_size {size:g} holds out {count} of {len(rows)} rows; "
             f"give a share between 0 and 1 or a whole number from 1 to {len(rows) - 1}, or name an --eval_file"

@@ -66,16 +66,18 @@ class LiftAdamW(torch.optim.AdamW):
             kernel: an Adam whose step reads `param_groups` and `state`; its own are not used.
         """
         self._kernel = kernel
+        # On the instance: torch wraps `step` per class to run its hooks, and an override in this class that calls the
+        # parent's would run them twice.
+        self.step = self._step_with_kernel  # type: ignore[method-assign]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of AdamW; under DeepSpeed one call covers one group or sub-group of partitions."""
-        if self._kernel is None:
-            return super().step(closure)
+    def _step_with_kernel(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the kernel; under DeepSpeed one call covers one group or sub-group of partitions."""
         self._kernel.param_groups = [{**group, "bias_correction": True} for group in self.param_groups]
         self._kernel.state = self.state
         for moments in self.state.values():
-            moments["step"] = int(moments["step"])  # torch's kernels count in a tensor, this one in a number
+            if "step" in moments:
+                moments["step"] = int(moments["step"])  # torch's kernels count in a tensor, this one in a number
         return self._kernel.step(closure)
 
 
@@ -93,6 +95,9 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
     values = {id(layer.principal_values) for layer in attachment.layers.values()}
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # torch's GradScaler lets a fused kernel skip by itself
+        if found_inf is not None and found_inf.item():
+            return
         if any(id(p) in values for group in optimizer.param_groups for p in group["params"]):
             driver.step_applied()
         elif attachment.gradient_seen:  # before the first gradient it is DeepSpeed that sets up its states

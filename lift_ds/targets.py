@@ -30,8 +30,8 @@ def find_targets(model: nn.Module, target_modules: str | tuple[str, ...] | None)
         layer that shares its weight with one of them.
 
     Raises:
-        ValueError: when nothing can be managed, a name matches no such layer, a named layer shares its weight,
-            or two of the layers share one weight.
+        ValueError: when nothing can be managed, a name matches no such layer, or a layer shares its weight with
+            another module.
     """
     reserved = _reserved_weights(model)
     linear = {name: module for name, module in model.named_modules() if type(module) in MANAGED_CLASSES}
@@ -50,7 +50,7 @@ def find_targets(model: nn.Module, target_modules: str | tuple[str, ...] | None)
         unmatched = [p for p in patterns if not any(matches(name, p) for name in chosen)]
         if unmatched and (not isinstance(target_modules, str) or not chosen):
             _refuse_unmatched(model, target_modules, unmatched, candidates, linear)
-    _refuse_shared(chosen)
+    _refuse_shared(model, chosen)
     return chosen
 
 
@@ -91,12 +91,13 @@ def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: dict[
     return found
 
 
-def unmanaged_summary(model: nn.Module, managed: dict[str, nn.Module]) -> list[str]:
+def unmanaged_summary(model: nn.Module, managed: dict[str, nn.Module], extra: set[str]) -> list[str]:
     """List the matrices and stacks of matrices that stay frozen although they are neither embedding nor head.
 
     Args:
         model: the model.
         managed: the layers found by `find_targets`.
+        extra: the names found by `find_extra_parameters`.
 
     Returns:
         One entry per kind, as "model.layers.*.mlp.experts.down_proj [8, 64, 128] x 2".
@@ -106,7 +107,7 @@ def unmanaged_summary(model: nn.Module, managed: dict[str, nn.Module]) -> list[s
     kinds: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         shape = logical_shape(parameter)
-        if len(shape) < 2 or id(parameter) in reserved | managed_weights:
+        if len(shape) < 2 or name in extra or id(parameter) in reserved | managed_weights:
             continue
         kinds[f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {list(shape)}"] += 1
     return [f"{kind} x {count}" for kind, count in kinds.items()]
@@ -153,12 +154,13 @@ def _suggest(pattern: str, names: list[str]) -> str:
     return f"{hint}; there are {', '.join(names)}"
 
 
-def _refuse_shared(chosen: dict[str, nn.Module]) -> None:
-    first: dict[int, str] = {}
-    for name, module in chosen.items():
-        other = first.setdefault(id(module.weight), name)
-        if other != name:
-            raise ValueError(
-                f"target_modules: {other} and {name} share one weight; LIFT trains a weight in one layer only, so leave "
-                "both out"
-            )
+def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    managed = {id(module.weight): name for name, module in chosen.items()}
+    for other, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            name = managed.get(id(parameter), other)
+            if name != other:
+                raise ValueError(
+                    f"target_modules: {other} and {name} share one weight; LIFT trains a weight in one layer only, so "
+                    "leave both out"
+                )

@@ -15,7 +15,7 @@ GLOBAL_BATCH = 4
 
 #: Settings of the parity runs: 60 steps with a refresh every 20.
 PARITY = lift_ds.LiftConfig(
-    budget_rank=4, lra_rank=4, refresh_interval=20, solver="svd", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
+    budget_rank=4, lra_rank=4, refresh_interval=20, solver="svd", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1
 )
 PARITY_STEPS = 60
 

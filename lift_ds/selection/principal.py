@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lift_ds.config import SOLVERS
 from lift_ds.selection.low_rank import low_rank_factors, working_precision
 from lift_ds.selection.topk import top_k_positions
 
@@ -24,12 +25,17 @@ def principal_indices(weight: Tensor, *, k: int, lra_rank: int = 128, solver: st
         one matrix: ties are broken by position.
 
     Raises:
-        ValueError: when the matrix is not 2-D, k is out of range, or an entry is NaN or infinite.
+        ValueError: when the matrix is not 2-D, k or lra_rank is out of range, the solver is unknown, or an entry is NaN
+            or infinite.
     """
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; principal weights are selected in 2-D matrices")
     if not 1 <= k <= weight.numel():
         raise ValueError(f"k={k} is not in 1..{weight.numel()}, the entries of a {tuple(weight.shape)} matrix")
+    if lra_rank < 1:
+        raise ValueError(f"lra_rank={lra_rank} is not at least 1")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r} is not one of {', '.join(SOLVERS)}")
     if not torch.isfinite(weight).all():
         raise ValueError(f"weight {tuple(weight.shape)} has NaN or infinite entries; no entry can be ranked")
     factors = low_rank_factors(weight, lra_rank, solver)

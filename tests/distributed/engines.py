@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from lift_ds.attachment import require_attachment
 from lift_ds.zero.partitioned import gathered
 
 
-def ds_config(stage: int, *, bf16: bool = False, offload: bool = False, accumulation: int = 1, **blocks: Any) -> dict[str, Any]:
+def ds_config(
+    stage: int,
+    *,
+    bf16: bool = False,
+    offload: bool = False,
+    accumulation: int = 1,
+    check_grad_overflow: bool = False,
+    **blocks: Any,
+) -> dict[str, Any]:
     """A DeepSpeed configuration for the small cases; small thresholds so that ZeRO-3 really partitions."""
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
@@ -28,7 +37,8 @@ def ds_config(stage: int, *, bf16: bool = False, offload: bool = False, accumula
         "train_micro_batch_size_per_gpu": cases.GLOBAL_BATCH // dist.get_world_size() // accumulation,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": bf16, "check_grad_overflow": check_grad_overflow},
         "steps_per_print": 10**9,
     }
     return config | blocks
@@ -80,7 +90,8 @@ def whole_indices(model: nn.Module) -> dict[str, Tensor]:
 def start() -> None:
     """Join the ranks."""
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    # A rank that fails leaves the others waiting in a collective: not longer than this.
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
 
 
 def finish(folder: str, results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -11,36 +12,38 @@ import cases
 import engines
 import torch
 
+import lift_ds
 
-def run(kind: str, stage: int, *, bf16: bool = False, offload: bool = False, steps: int = cases.PARITY_STEPS, **options: object) -> dict:
-    accumulation = int(options.get("accumulation", 1))
+
+def run(
+    kind: str,
+    stage: int,
+    *,
+    bf16: bool = False,
+    offload: bool = False,
+    accumulation: int = 1,
+    settings: lift_ds.LiftConfig = cases.PARITY,
+    **blocks: Any,
+) -> dict[str, Any]:
+    """Train one case and return what the tests compare."""
     model = cases.build(kind, torch.bfloat16 if bf16 else torch.float32)
-    config = engines.ds_config(stage, bf16=bf16, offload=offload, accumulation=accumulation)
-    if offload:
-        config["zero_force_ds_cpu_optimizer"] = False
-    engine = engines.lift_engine(model, config, cases.PARITY)
-    indices: list[dict] = []
+    config = engines.ds_config(stage, bf16=bf16, offload=offload, accumulation=accumulation, **blocks)
+    engine = engines.lift_engine(model, config, settings)
+    indices: list[dict[str, torch.Tensor]] = []
 
     def after_step(step: int) -> None:
-        if (step + 1) % cases.PARITY.refresh_interval == 0:
+        if (step + 1) % settings.refresh_interval == 0:
             indices.append(engines.whole_indices(model))
 
-    losses = engines.train(engine, kind, range(steps), after_step, accumulation)
-    result = {"losses": losses, "indices": indices, "weights": engines.whole_weights(model)}
+    losses = engines.train(engine, kind, range(cases.PARITY_STEPS), after_step, accumulation)
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    kernel = "fused AdamW" if inner._kernel is None else type(inner._kernel).__name__
+    result = {"losses": losses, "indices": indices, "weights": engines.whole_weights(model), "kernel": kernel}
     engine.destroy()
     return result
 
 
 if __name__ == "__main__":
     engines.start()
-    results = {}
-    for kind in ("llama", "matrices"):
-        for stage in range(4):
-            results[f"{kind} stage {stage}"] = run(kind, stage)
-    if torch.distributed.get_world_size() == 2:
-        for stage in (2, 3):
-            results[f"llama stage {stage} offload"] = run("llama", stage, offload=True)
-            results[f"llama stage {stage} accumulation"] = run("llama", stage, accumulation=2)
-        for stage in range(4):
-            results[f"bf16 stage {stage}"] = run("llama", stage, bf16=True)
+    results = {f"{kind} stage {stage}": run(kind, stage) for kind in ("llama", "matrices") for stage in range(4)}
     engines.finish(sys.argv[1], results)

@@ -1,0 +1,250 @@
+"""The flags of launch/train.py: TRL's and the Trainer's, and those of LIFT."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+from trl import SFTConfig
+
+from lift_ds import LiftConfig
+from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, read_ds_config
+from lift_ds.data import ROW_LAYOUTS
+from lift_ds.engine import refuse_optimizer_block
+from lift_ds.logs import is_main_rank
+
+METHODS = ("lift", "full", "lora")
+
+_PRESETS = ", ".join(TARGET_PRESETS)
+_TARGETS_HELP = f"Linear layers to train (lift, lora), by name, or a preset: {_PRESETS}. Default: all but the head."
+
+#: Flags that override the setting of the same name in the "lift" block.
+LIFT_FLAGS = ("budget_rank", "density", "lra_rank", "refresh_interval", "solver", "target_modules")
+
+Values = dict[str, Any]
+Arguments = TypeVar("Arguments")
+
+
+def _flag(text: str, default: Any = None, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, on what, and how."""
+
+    model_name_or_path: str | None = _flag("A causal language model of transformers, by path or name.")
+    attn_implementation: str | None = _flag(
+        "Attention kernel. Default: flash_attention_2 where it is installed and the device can, else sdpa."
+    )
+    method: str = _flag("What is trained: principal weights, everything, or adapters.", "lift", choices=METHODS)
+    lora_rank: int = _flag("Rank of the adapters of --method lora.", 128)
+    lora_alpha: int | None = _flag("Scale of the adapters. Default: twice the rank.")
+
+    dataset_name: str | None = _flag("A data set that `datasets` can load, by name or directory.")
+    dataset_config: str | None = _flag("Its configuration, where it has several.")
+    dataset_split: str = _flag("Its split to train on.", "train")
+    train_file: str | None = _flag(f"A JSON array or JSON lines; rows with {ROW_LAYOUTS}.")
+    eval_file: str | None = _flag("Held-out rows in the same layouts. Default: split off the training rows.")
+    eval_split_size: float = _flag("Share or number of training rows to hold out without --eval_file; 0: none.", 0.05)
+
+    budget_rank: int | None = _flag("LIFT: train as many entries of each matrix as a LoRA of this rank has.")
+    density: float | None = _flag("LIFT: train this share of each matrix, in place of --budget_rank.")
+    lra_rank: int | None = _flag("LIFT: rank of the approximation that selects the entries.")
+    refresh_interval: int | None = _flag("LIFT: optimizer steps between two selections.")
+    solver: str | None = _flag("LIFT: how the low-rank approximation is computed.")
+    target_modules: list[str] | None = field(default=None, metadata={"help": _TARGETS_HELP})
+
+
+@dataclass
+class TrainArguments(SFTConfig):
+    """SFTConfig with the paper's schedule, and the precision that the device calls for.
+
+    Adam's settings are None until the "lift" block or the user has given them.
+    """
+
+    output_dir: str | None = _flag("Where checkpoints and the trained model go.", "lift_output")
+    learning_rate: float | None = _flag("Peak learning rate. Default: lr of the lift block.")
+    weight_decay: float | None = _flag("Default: of the lift block.")
+    adam_beta1: float | None = _flag("Default: of the lift block.")
+    adam_beta2: float | None = _flag("Default: of the lift block.")
+    adam_epsilon: float | None = _flag("Default: eps of the lift block.")
+    warmup_steps: float = _flag("Warm-up steps, or below 1 their share of all steps.", 0.03)
+    bf16: bool | None = _flag("Train in bfloat16. Default: on accelerators; float32 on CPUs.")
+
+    use_cpu: bool = _flag("Train on CPUs. Default: where there is no accelerator.", False)
+    activation_checkpointing: bool | None = _flag(
+        "Recompute activations in backward. Default: as --gradient_checkpointing."
+    )
+
+    def __post_init__(self) -> None:
+        # Without the CPU being asked for by name, Accelerate sees one process where DeepSpeed sees all the ranks, and
+        # the Trainer refuses bf16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu
+        # Newer transformers spell it activation_checkpointing, and warn of the name that TRL gives a default.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+
+
+class Parser(HfArgumentParser):
+    """Refuses in one line, on rank 0 alone, and without the hundreds of flags of a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        if is_main_rank():
+            self.exit(2, f"{self.prog}: error: {message} (--help lists every flag)\n")
+        raise SystemExit(2)
+
+    def read(self, argv: Sequence[str] | None = None) -> tuple[Values, frozenset[str]]:
+        """Read the command line.
+
+        Args:
+            argv: the arguments; those of the process where None.
+
+        Returns:
+            Every flag with its value, and the names of those that were given.
+        """
+        namespace, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+        return vars(namespace), frozenset(self._given(argv))
+
+    def _nearest(self, argument: str) -> str:
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(argument.split("=")[0], known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def _given(self, argv: Sequence[str] | None) -> set[str]:
+        # Without defaults, what argparse finds is what was typed.
+        bare = make_parser()
+        for action in bare._actions:
+            action.default = argparse.SUPPRESS
+        return set(vars(bare.parse_known_args(argv)[0]))
+
+
+def make_parser() -> Parser:
+    """Return the parser of all flags; an abbreviation could hide a misspelt one, so there are none."""
+    kinds = (ScriptArguments, TrainArguments)
+    parser = Parser(kinds, allow_abbrev=False, description="Fine-tune a causal language model.")
+    for action in parser._actions:
+        if action.type is string_to_bool:  # a switch that may be None would otherwise not stand alone, as in `--bf16`
+            action.nargs, action.const = "?", True
+    return parser
+
+
+def build(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments:
+    """Build one of the argument classes from the flags that are its own.
+
+    Args:
+        kind: a dataclass.
+        values: all flags.
+
+    Returns:
+        The checked arguments.
+    """
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init})  # type: ignore[arg-type]
+
+
+def lift_config(values: Mapping[str, Any]) -> LiftConfig:
+    """Settle LIFT's settings: the "lift" block of the DeepSpeed file, then what the flags override.
+
+    Args:
+        values: all flags, None where not given.
+
+    Returns:
+        The settings. Without a DeepSpeed file, those of the paper for what no flag says.
+
+    Raises:
+        ValueError: the file is unusable or brings an optimizer, or a setting is invalid.
+    """
+    content = read_ds_config(values["deepspeed"]) if values["deepspeed"] else None
+    if content is not None and values["method"] == "lift":
+        refuse_optimizer_block(content)
+    # The other methods use the block's optimizer settings where there is one; it is LIFT alone that needs it.
+    with_block = content is not None and (values["method"] == "lift" or LIFT_BLOCK in content)
+    config = LiftConfig.from_ds_config(content or {}) if with_block else LiftConfig(budget_rank=128)
+    overrides = {name: values[name] for name in LIFT_FLAGS if values[name] is not None}
+    if "density" in overrides:
+        overrides.setdefault("budget_rank", None)
+    elif "budget_rank" in overrides:
+        overrides["density"] = None
+    if "target_modules" in overrides:
+        overrides["target_modules"] = _targets(overrides["target_modules"])
+    return dataclasses.replace(config, **overrides)
+
+
+def _targets(names: Sequence[str]) -> str | tuple[str, ...]:
+    if len(names) == 1 and names[0] in TARGET_PRESETS:
+        return names[0]
+    return tuple(names)
+
+
+def deepspeed_settings(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what DeepSpeed and the Trainer are to see of the DeepSpeed file: all but the "lift" block.
+
+    Accelerate fills in every "auto" it finds, at any depth, and refuses those it does not know, such as a solver's.
+
+    Args:
+        values: all flags.
+
+    Returns:
+        The content, or None without DeepSpeed.
+
+    Raises:
+        ValueError: the file is missing or malformed.
+    """
+    if not values["deepspeed"]:
+        return None
+    return {name: value for name, value in read_ds_config(values["deepspeed"]).items() if name != LIFT_BLOCK}
+
+
+def settle_optimizer(values: Values, config: LiftConfig) -> None:
+    """Fill in Adam's settings that no flag gave; the same ones for every method, so that they compare.
+
+    Args:
+        values: all flags; changed in place.
+        config: LIFT's settings.
+    """
+    settled = {
+        "learning_rate": config.lr,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "adam_epsilon": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    for name, value in settled.items():
+        if values[name] is None:
+            values[name] = value
+
+
+def check_sources(script: ScriptArguments) -> bool:
+    """Check that a model and data are named together, or neither.
+
+    Args:
+        script: the arguments.
+
+    Returns:
+        True when neither is named: the run that needs no download.
+
+    Raises:
+        ValueError: one is named without the other, or two sources of data are.
+    """
+    data = [name for name in ("dataset_name", "train_file") if getattr(script, name)]
+    if len(data) == 2:
+        raise ValueError("--dataset_name and --train_file are both given; name one source of training data")
+    if script.model_name_or_path and not data:
+        raise ValueError("--model_name_or_path is given without data; name --train_file or --dataset_name too")
+    if data and not script.model_name_or_path:
+        raise ValueError(f"--{data[0]} is given without a model; name --model_name_or_path too")
+    if script.eval_file and not data:
+        raise ValueError("--eval_file is given without training data; name --train_file or --dataset_name too")
+    return not data

@@ -1,0 +1,190 @@
+"""Loading of the model, its tokenizer and the data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_flash_attn_2_available
+
+from lift_ds import LiftConfig
+from lift_ds.config import TARGET_PRESETS
+from lift_ds.data import check_chat_template, hold_out, load_file, load_named
+from lift_ds.logs import get_logger
+from lift_ds.training.arguments import ScriptArguments, TrainArguments
+
+logger = get_logger()
+
+#: Entry of `--resume_from_checkpoint` that means the newest checkpoint in --output_dir.
+LAST = "last"
+
+
+def training_dtype(args: TrainArguments) -> torch.dtype:
+    """Return the dtype the weights are held in while they are trained."""
+    if args.bf16:
+        return torch.bfloat16
+    # Without DeepSpeed, float16 training keeps its weights in float32 and scales the loss.
+    return torch.float16 if args.fp16 and args.deepspeed else torch.float32
+
+
+def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTrainedModel, torch.dtype]:
+    """Load the base model in the dtype of training.
+
+    Under ZeRO-3 the weights are partitioned while they load, for which `args` must exist already.
+
+    Args:
+        script: names the model.
+        args: gives the precision.
+
+    Returns:
+        The model, and the dtype of its checkpoint, in which it is to be saved.
+
+    Raises:
+        ValueError: the model cannot be found, or is no causal language model.
+    """
+    name = script.model_name_or_path
+    assert name is not None
+    trusted = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **trusted)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable(name, error)) from error
+    dtype = training_dtype(args)
+    base_dtype = config.dtype or dtype
+    if base_dtype != dtype:
+        logger.warning("%s is stored in %s, trained in %s, and saved in %s", name, base_dtype, dtype, base_dtype)
+    try:
+        model = _with_attention(name, script.attn_implementation, dtype, args, trusted)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable(name, error)) from error
+    model.config.use_cache = True  # the Trainer turns it off where it must; the saved model should not lose it
+    return model, base_dtype
+
+
+def _not_loadable(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        reason = "there is no such folder"
+    return f"--model_name_or_path {name!r} cannot be loaded: {reason}"
+
+
+def _with_attention(
+    name: str, asked: str | None, dtype: torch.dtype, args: TrainArguments, trusted: dict[str, Any]
+) -> PreTrainedModel:
+    chosen = asked or ("flash_attention_2" if flash_attention_fits(dtype, args) else None)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=chosen, **trusted)
+    except ValueError as error:
+        # A model may lack the kernel that the machine has; what was asked for by name is not replaced.
+        if asked or chosen is None:
+            raise
+        logger.warning("%s does not run with %s (%s); using its default attention", name, chosen, error)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **trusted)
+
+
+def flash_attention_fits(dtype: torch.dtype, args: TrainArguments) -> bool:
+    """Tell whether FlashAttention 2 is installed and runs on this device in this precision."""
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and not args.use_cpu
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and bool(is_flash_attn_2_available())
+    )
+
+
+def load_tokenizer(script: ScriptArguments, args: TrainArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the base model.
+
+    Raises:
+        ValueError: there is none, or it has no end-of-text token to close a completion with.
+    """
+    name = script.model_name_or_path
+    assert name is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_loadable(name, error)) from error
+    if tokenizer.eos_token is None and args.eos_token is None:
+        raise ValueError(f"the tokenizer of {name} has no end-of-text token; name one of its tokens with --eos_token")
+    return tokenizer
+
+
+def load_data(
+    script: ScriptArguments, args: TrainArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """Load and check the rows to train on and those held out.
+
+    Args:
+        script: names the data.
+        args: gives the seed, and the chat template where one is named.
+        tokenizer: renders chats.
+
+    Returns:
+        Training rows and held-out rows, None where none are wanted.
+
+    Raises:
+        ValueError: the data cannot be used; says where and why.
+    """
+    if script.train_file:
+        rows = load_file(script.train_file)
+    else:
+        assert script.dataset_name is not None
+        rows = load_named(script.dataset_name, script.dataset_config, script.dataset_split)
+    held_out = load_file(script.eval_file) if script.eval_file else None
+    for part in (rows, held_out):
+        if part is not None:
+            check_chat_template(part, tokenizer.chat_template, args.chat_template_path)
+    if held_out is None and script.eval_split_size != 0:
+        return hold_out(rows, script.eval_split_size, args.seed)
+    return rows, held_out
+
+
+def lora_config(script: ScriptArguments, config: LiftConfig) -> LoraConfig:
+    """Return PEFT's settings for adapters on the layers that LIFT would manage."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        targets = TARGET_PRESETS[targets]
+    return LoraConfig(
+        r=script.lora_rank,
+        lora_alpha=script.lora_alpha or 2 * script.lora_rank,
+        target_modules="all-linear" if targets is None else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def find_checkpoint(args: TrainArguments) -> str | None:
+    """Find the checkpoint to resume from.
+
+    Args:
+        args: `resume_from_checkpoint` is a folder, or "last" for the newest in `output_dir`.
+
+    Returns:
+        The folder, or None to start anew.
+
+    Raises:
+        ValueError: it is not there, or is no checkpoint of the Trainer.
+    """
+    asked = args.resume_from_checkpoint
+    if not asked:
+        return None
+    if asked == LAST:
+        output = str(args.output_dir)
+        found = get_last_checkpoint(output) if os.path.isdir(output) else None
+        if found is None:
+            raise ValueError(f"--resume_from_checkpoint {LAST}: {output} holds no checkpoint-<step> folder")
+        return str(found)
+    folder, flag = Path(asked), f"--resume_from_checkpoint {asked}"
+    if not folder.is_dir():
+        raise ValueError(f"{flag}: no such folder; give a checkpoint-<step> folder or {LAST!r}")
+    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{flag}: without trainer_state.json it is no checkpoint, or one not written to its end")
+    if args.deepspeed and not any(folder.glob("global_step*")):
+        raise ValueError(f"{flag}: it was not saved under DeepSpeed; resume without --deepspeed, or start anew")
+    return str(folder)

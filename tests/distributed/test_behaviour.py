@@ -1,0 +1,118 @@
+"""Pins down the invariants on two ranks and every ZeRO stage: what a step may change and what is counted, loading a
+partitioned model, memory in ZeRO-2, resuming, and that a run in which LIFT is not active stops.
+
+The refresh interval is 3 and runs take 7 steps. Comparisons are exact: nothing is computed in two ways.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+
+Results = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks("behaviour", 2, tmp_path_factory.mktemp("behaviour"))
+
+
+@pytest.fixture(params=[f"changes {dtype}stage {stage}" for dtype in ("", "bf16 ") for stage in range(4)])
+def changes(request: pytest.FixtureRequest, ranks: list[Results]) -> list[Results]:
+    return [rank[request.param] for rank in ranks]
+
+
+def test_a_step_changes_nothing_outside_the_principal_set(changes: list[Results]) -> None:
+    for rank in changes:
+        assert rank["trained"] > 0
+        assert rank["outside"] == 0
+        assert rank["frozen"] == 0
+
+
+def test_weights_hold_the_trained_values_after_each_step(changes: list[Results]) -> None:
+    assert [rank["unwritten"] for rank in changes] == [0, 0]
+
+
+def test_extra_parameters_are_trained_beside(changes: list[Results]) -> None:
+    assert all(rank["dense_moved"] for rank in changes)
+
+
+def test_refreshes_come_every_third_step_and_replace_something(changes: list[Results]) -> None:
+    for rank in changes:
+        assert [(step, matrices) for step, matrices, _ in rank["refreshes"]] == [(3, 14), (6, 14)]
+        assert all(0 < churn < 1 for *_, churn in rank["refreshes"])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_skipped_step_moves_nothing_and_is_not_counted(ranks: list[Results], stage: int) -> None:
+    for rank in ranks:
+        run = rank[f"skipped stage {stage}"]
+        assert run["moved"] == [True, False, True, False, True, True]
+        assert run["counts"] == [1, 1, 2, 2, 3, 4]
+        assert run["refreshes"] == [3]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_micro_batches_are_not_counted(ranks: list[Results], stage: int) -> None:
+    assert ranks[0][f"accumulation stage {stage}"] == {"count": 4, "refreshes": [3]}
+
+
+def test_attach_to_a_partitioned_model_selects_the_same(ranks: list[Results]) -> None:
+    for rank in ranks:
+        run = rank["partitioned loading"]
+        assert run["found"].keys() == run["expected"].keys()
+        assert all(torch.equal(run["found"][name], run["expected"][name]) for name in run["expected"])
+        assert run["losses"] == run["expected_losses"]
+
+
+def test_zero3_shards_the_index(ranks: list[Results]) -> None:
+    run = ranks[0]["partitioned loading"]
+    assert run["held"] == run["entries"] // 2
+
+
+def test_zero2_keeps_no_dense_gradient_and_no_dense_state(ranks: list[Results]) -> None:
+    for rank in ranks:
+        run = rank["memory"]
+        assert run["dense_gradients"] == 0
+        # θ, its gradient, master and moments of all layers are flat buffers: the largest things that may be alive
+        # besides the gradient of one layer.
+        flat = run["entries"] + 1024
+        assert flat < run["weights"][0] * 2 < sum(run["weights"]) / 10, "the case cannot tell sparse from dense"
+        for moment in ("after_backward", "after_step"):
+            assert run[moment], "the walk found no tensor"
+            large = [size for size in run[moment] if size > flat]
+            assert len(large) <= 1, f"alive {moment}: {large}"
+            assert sum(run[moment]) < sum(run["weights"]) / 2
+
+
+RESUMES = [f"resume stage {stage} after {cut}" for stage in (2, 3) for cut in (2, 3, 4)]
+RESUMES += ["resume stage 0 after 4", "resume stage 1 after 4", "resume bf16 stage 1"]
+RESUMES += ["resume offload stage 2", "resume offload stage 3"]
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_resume_continues_to_the_bit(ranks: list[Results], name: str) -> None:
+    for rank in ranks:
+        expected, found = rank[name]["expected"], rank[name]["found"]
+        assert found["losses"] == expected["losses"]
+        for kind in ("weights", "indices"):
+            assert all(torch.equal(found[kind][key], expected[kind][key]) for key in expected[kind])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("unbound", ["RuntimeError", "not active", "lift_ds.initialize"]),
+        ("foreign_optimizer", ["ValueError", "does not train the principal values of 14 matrices"]),
+        ("other_model", ["ValueError", "lift.json", "another model", "mlp.", "[80, 32]", "[96, 32]"]),
+        ("nothing_saved", ["ValueError", "latest is missing"]),
+        ("not_finite", ["ValueError", "model.layers.1.mlp.up_proj.weight", "NaN"]),
+    ],
+)
+def test_refused_with_a_clear_message(ranks: list[Results], name: str, parts: list[str]) -> None:
+    for rank in ranks:
+        for part in parts:
+            assert part in rank["refusals"][name]

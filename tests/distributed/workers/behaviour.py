@@ -1,0 +1,251 @@
+"""Two ranks, every ZeRO stage: what a step may change, skipped steps, partitioned loading, memory, resume, refusals."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cases
+import deepspeed
+import engines
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lift_ds
+from lift_ds.attachment import require_attachment
+from lift_ds.refresh import Driver
+from lift_ds.zero.partitioned import gathered
+
+SETTINGS = lift_ds.LiftConfig(
+    budget_rank=4, lra_rank=4, refresh_interval=3, solver="svd", lr=1e-3, extra_trainable=("norm.weight",)
+)
+
+
+def start(stage: int, *, model: nn.Module | None = None, bf16: bool = False, **blocks: Any) -> tuple[Any, nn.Module]:
+    """An engine over a fresh small Llama."""
+    if model is None:
+        model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
+    return engines.lift_engine(model, engines.ds_config(stage, bf16=bf16, **blocks), SETTINGS), model
+
+
+def driver_of(engine: Any) -> Driver:
+    return engine.optimizer.driver
+
+
+def changes(stage: int, **options: Any) -> dict[str, Any]:
+    """Seven steps: which entries changed outside the principal set, and where W differs from θ after each step."""
+    engine, model = start(stage, **options)
+    outside, unwritten, frozen, trained = 0, 0, 0, 0
+    for step in range(7):
+        before, index = engines.whole_weights(model), engines.whole_indices(model)
+        engines.train(engine, "llama", range(step, step + 1))
+        after = engines.whole_weights(model)
+        for name, layer in require_attachment(model).layers.items():
+            differs = (before[f"{name}.weight"] != after[f"{name}.weight"]).flatten()
+            trained += int(differs.sum())
+            differs[index[name]] = False
+            outside += int(differs.sum())
+            with gathered([layer.principal_values, layer.principal_index]):
+                written = after[f"{name}.weight"].flatten()[layer.principal_index.long()]
+                unwritten += int((written != layer.principal_values).sum())
+        managed = {f"{name}.weight" for name in index}
+        frozen += sum(
+            not torch.equal(before[name], after[name]) for name in before if name not in managed and name != "model.norm.weight"
+        )
+    dense_moved = not torch.equal(after["model.norm.weight"], torch.ones_like(after["model.norm.weight"]))
+    reports = driver_of(engine).reports
+    engine.destroy()
+    return {
+        "outside": outside, "unwritten": unwritten, "frozen": frozen, "trained": trained, "dense_moved": dense_moved,
+        "refreshes": [(r.step, r.matrices, r.churn) for r in reports],
+    }  # fmt: skip
+
+
+def skipped(stage: int) -> dict[str, Any]:
+    """Steps 1 and 3 have a gradient that is not finite on rank 0: what moved, what was counted."""
+    engine, model = start(stage, bf16=True, check_grad_overflow=True)
+    moved, counts = [], []
+    for step in range(6):
+        before, index = engines.whole_weights(model), engines.whole_indices(model)
+        loss = cases.loss_of(engine, "llama", step, engines.rank_rows())
+        if step in (1, 3) and dist.get_rank() == 0:
+            loss = loss * float("inf")
+        engine.backward(loss)
+        engine.step()
+        after, new_index = engines.whole_weights(model), engines.whole_indices(model)
+        moved.append(
+            any(not torch.equal(before[name], after[name]) for name in before)
+            or any(not torch.equal(index[name], new_index[name]) for name in index)
+        )
+        counts.append(driver_of(engine).applied_steps)
+    refreshes = [report.step for report in driver_of(engine).reports]
+    engine.destroy()
+    return {"moved": moved, "counts": counts, "refreshes": refreshes}
+
+
+def counted_accumulation(stage: int) -> dict[str, Any]:
+    """Four optimizer steps of two micro-batches each."""
+    engine, _ = start(stage, accumulation=2)
+    engines.train(engine, "llama", range(4), accumulation=2)
+    result = {"count": driver_of(engine).applied_steps, "refreshes": [r.step for r in driver_of(engine).reports]}
+    engine.destroy()
+    return result
+
+
+def partitioned_loading() -> dict[str, Any]:
+    """attach under zero.Init and on the whole model: the indices of both, and a few steps of training."""
+    whole = lift_ds.attach(cases.build("llama"), SETTINGS)
+    expected = engines.whole_indices(whole)
+    with deepspeed.zero.Init(config_dict_or_path=engines.ds_config(3)):
+        partitioned = cases.build("llama")
+    # zero.Init broadcasts rank 0's random weights; take the case's own.
+    values = cases.build("llama").state_dict()
+    for name, parameter in partitioned.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(values[name])
+    lift_ds.attach(partitioned, SETTINGS)
+    found = engines.whole_indices(partitioned)
+    held = sum(layer.principal_index.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values())
+    engine, _ = start(3, model=partitioned)
+    losses = engines.train(engine, "llama", range(7))
+    engine.destroy()
+    engine, _ = start(3, model=whole)
+    expected_losses = engines.train(engine, "llama", range(7))
+    engine.destroy()
+    return {
+        "found": found, "expected": expected, "losses": losses, "expected_losses": expected_losses,
+        "held": held, "entries": require_attachment(whole).entries(),
+    }  # fmt: skip
+
+
+def live_tensors() -> list[torch.Tensor]:
+    """Every tensor storage that is alive in this process, one tensor each."""
+    storages: dict[int, torch.Tensor] = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and tensor.numel():
+                    storages.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+    return list(storages.values())
+
+
+def memory() -> dict[str, Any]:
+    """ZeRO-2: storage sizes (elements) alive after backward and after the step that are not the model's own."""
+    config = engines.ds_config(2, zero_optimization={"stage": 2, "reduce_bucket_size": 1000})
+    model = cases.small_llama(hidden_size=64, intermediate_size=160)
+    engine = engines.lift_engine(model, config, lift_ds.LiftConfig(density=0.02, lra_rank=4, refresh_interval=3))
+    engines.train(engine, "llama", range(2))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    loss = cases.loss_of(engine, "llama", 2, engines.rank_rows())
+    engine.backward(loss)
+    del loss
+
+    def foreign() -> list[int]:
+        gc.collect()
+        return sorted(t.untyped_storage().nbytes() // 4 for t in live_tensors() if t.untyped_storage().data_ptr() not in own)
+
+    after_backward = foreign()
+    engine.step()
+    layers = require_attachment(model).layers.values()
+    result = {
+        "after_backward": after_backward,
+        "after_step": foreign(),
+        "weights": sorted(layer.weight.numel() for layer in layers),
+        "entries": require_attachment(model).entries(),
+        "dense_gradients": sum(layer.weight.grad is not None for layer in layers),
+    }
+    engine.destroy()
+    return result
+
+
+def resume(stage: int, cut: int, folder: str, **options: Any) -> dict[str, Any]:
+    """Seven steps at once, and with a save and a load into a new engine after `cut` of them."""
+    engine, model = start(stage, **options)
+    losses = engines.train(engine, "llama", range(7))
+    expected = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
+    engine.destroy()
+
+    path = f"{folder}/stage{stage}-{cut}-{'-'.join(options)}"
+    engine, model = start(stage, **options)
+    losses = engines.train(engine, "llama", range(cut))
+    engine.save_checkpoint(path)
+    engine.destroy()
+    engine, model = start(stage, **options)
+    engine.load_checkpoint(path)
+    losses += engines.train(engine, "llama", range(cut, 7))
+    found = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
+    engine.destroy()
+    return {"expected": expected, "found": found}
+
+
+def message_of(action: Callable[[], object]) -> str:
+    """The kind and message of the error an action raises, or "no error"."""
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refusals(folder: str) -> dict[str, str]:
+    """Runs in which LIFT would not be active, or would start from something else."""
+    found = {}
+
+    def unbound() -> None:
+        model = lift_ds.attach(cases.build("llama"), SETTINGS)
+        optimizer = lift_ds.LiftAdamW(model)
+        config = engines.ds_config(2, zero_allow_untested_optimizer=True)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        engines.train(engine, "llama", range(1))
+
+    def foreign_optimizer() -> None:
+        model = lift_ds.attach(cases.build("llama"), SETTINGS)
+        optimizer = torch.optim.AdamW([model.model.norm.weight.requires_grad_(True)])
+        lift_ds.initialize(model=model, optimizer=optimizer, config=engines.ds_config(2))
+
+    def other_model() -> None:
+        engine, _ = start(2)
+        engine.save_checkpoint(f"{folder}/small")
+        engine, _ = start(2, model=cases.small_llama(intermediate_size=96))
+        engine.load_checkpoint(f"{folder}/small")
+
+    def nothing_saved() -> None:
+        engine, _ = start(2)
+        engine.load_checkpoint(f"{folder}/empty")
+
+    def not_finite() -> None:
+        engine, model = start(2)
+        engines.train(engine, "llama", range(1))
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+        driver_of(engine)._refresh(3)
+
+    for action in (unbound, foreign_optimizer, other_model, nothing_saved, not_finite):
+        found[action.__name__] = message_of(action)
+    return found
+
+
+if __name__ == "__main__":
+    engines.start()
+    folder = sys.argv[1]
+    results: dict[str, Any] = {f"changes stage {stage}": changes(stage) for stage in range(4)}
+    for stage in range(4):
+        results[f"changes bf16 stage {stage}"] = changes(stage, bf16=True)
+        results[f"accumulation stage {stage}"] = counted_accumulation(stage)
+    for stage in (1, 2, 3):
+        results[f"skipped stage {stage}"] = skipped(stage)
+    for stage in range(4):
+        for cut in (2, 3, 4) if stage in (2, 3) else (4,):
+            results[f"resume stage {stage} after {cut}"] = resume(stage, cut, folder)
+    for stage in (2, 3):
+        results[f"resume offload stage {stage}"] = resume(stage, 4, folder, offload=True)
+    results["resume bf16 stage 1"] = resume(1, 4, folder, bf16=True)
+    results["partitioned loading"] = partitioned_loading()
+    results["memory"] = memory()
+    results["refusals"] = refusals(folder)
+    engines.finish(folder, results)

@@ -1,0 +1,49 @@
+"""The parity case with offload, accumulation, clipping and bf16; saves what `parity` saves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+import engines
+import torch
+from parity import run
+
+import lift_ds
+
+CLIP = 0.05
+
+
+def run_clipped_plain() -> dict[str, Any]:
+    """Plain PyTorch on the whole batch, clipped by torch."""
+    model = lift_ds.attach(cases.build("llama"), cases.PARITY)
+    optimizer = lift_ds.LiftAdamW(model, lr=cases.PARITY.lr, weight_decay=cases.PARITY.weight_decay)
+    losses = []
+    for step in range(cases.PARITY_STEPS):
+        loss = cases.loss_of(model, "llama", step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)
+        assert norm > 2 * CLIP, "the case does not clip"
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses}
+
+
+if __name__ == "__main__":
+    engines.start()
+    results: dict[str, Any] = {"clipped plain": run_clipped_plain()}
+    for stage in (2, 3):
+        results[f"offload stage {stage}"] = run("llama", stage, offload=True)
+        results[f"accumulation stage {stage}"] = run("llama", stage, accumulation=2)
+    for stage in (0, 2, 3):
+        results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
+    for stage in range(4):
+        results[f"bf16 stage {stage}"] = run("llama", stage, bf16=True)
+    results["bf16 stage 1 fp32 gradients"] = run("llama", 1, bf16=True, data_types={"grad_accum_dtype": "fp32"})
+    engines.finish(sys.argv[1], results)
