@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
     targets = find_targets(model, config.target_modules)
     extra = find_extra_parameters(model, config.extra_trainable, targets)
     for name, module in targets.items():
-        _refuse_too_large(name, logical_shape(module.weight))
+        _check_weight(name, module.weight)
     left_out = unmanaged_summary(model, targets, extra) if config.target_modules is None else []
 
     selected = {name: _select_in(name, module, config) for name, module in targets.items()}
@@ -75,7 +77,7 @@ def detach(model: nn.Module) -> nn.Module:
     """
     attachment = require_attachment(model)
     erase(model)
-    original = {managed: plain for plain, managed in MANAGED_CLASSES.items()}
+    original: dict[type, Any] = {managed: plain for plain, managed in MANAGED_CLASSES.items()}
     for layer in attachment.layers.values():
         delattr(layer, VALUES)
         delattr(layer, INDEX)
@@ -85,23 +87,30 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_too_large(name: str, shape: torch.Size) -> None:
-    if shape.numel() > _MAX_ENTRIES:
-        raise ValueError(f"{name}.weight has {shape.numel():,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
+def _check_weight(name: str, weight: Any) -> None:
+    entries = logical_shape(weight).numel()
+    if entries > _MAX_ENTRIES:
+        raise ValueError(f"{name}.weight has {entries:,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
+    if weight.is_meta:
+        raise ValueError(f"{name}.weight is on the meta device; load the weights before lift_ds.attach")
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{name}.weight is not contiguous; LIFT writes into it by flat position, so store it contiguously"
+        )
 
 
 @torch.no_grad()
-def _select_in(name: str, module: nn.Module, config: LiftConfig) -> tuple[Tensor, Tensor]:
+def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Tensor]:
     """Return θ [k] and I int32 [k] of a layer, whole on every rank."""
     with gathered([module.weight]):
         weight = module.weight.detach()
         index = select(name, weight, config)
-        # ZeRO-3 expects one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
+        # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
         dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
         return weight.reshape(-1)[index.long()].to(dtype), index
 
 
-def _manage(module: nn.Module, values: Tensor, index: Tensor) -> PrincipalLayer:
+def _manage(module: Any, values: Tensor, index: Tensor) -> PrincipalLayer:
     module.__class__ = MANAGED_CLASSES[type(module)]
     assert isinstance(module, PrincipalLayer)
     module.register_parameter(VALUES, nn.Parameter(values))

@@ -80,7 +80,9 @@ def require_attachment(model: nn.Module) -> Attachment:
     """
     attachment = attachment_of(model)
     if attachment is None:
-        raise ValueError(f"LIFT is not attached to this {type(model).__name__}; call lift_ds.attach(model, config) first")
+        raise ValueError(
+            f"LIFT is not attached to this {type(model).__name__}; call lift_ds.attach(model, config) first"
+        )
     return attachment
 
 

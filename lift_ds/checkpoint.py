@@ -53,7 +53,7 @@ def verify(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     current = _description(model)
-    if not isinstance(saved, dict) or "format" not in saved:
+    if not isinstance(saved, dict) or not saved.keys() >= current.keys():
         raise ValueError(f"{path}: not a description of a LIFT checkpoint")
     if saved["format"] != current["format"]:
         raise ValueError(f"{path}: format {saved['format']!r}, this version reads {current['format']}")

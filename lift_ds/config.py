@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 LIFT_BLOCK = "lift"
 
@@ -65,7 +65,9 @@ class LiftConfig:
         _check_positive_int("lra_rank", self.lra_rank)
         _check_positive_int("refresh_interval", self.refresh_interval)
         if self.solver not in SOLVERS:
-            raise ValueError(f"solver={self.solver!r} is not one of {', '.join(SOLVERS)}{_nearest(self.solver, SOLVERS)}")
+            raise ValueError(
+                f"solver={self.solver!r} is not one of {', '.join(SOLVERS)}{_nearest(self.solver, SOLVERS)}"
+            )
         # Frozen, so the normal forms (tuples, as JSON knows only lists) are set past __setattr__.
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
         object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))
@@ -83,9 +85,8 @@ class LiftConfig:
             )
         if self.budget_rank is not None:
             _check_positive_int("budget_rank", self.budget_rank)
-        if self.density is not None:
-            if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-                raise ValueError(f"density={self.density!r} is not a share in (0, 1]; 0.05 trains 5% of each matrix")
+        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
+            raise ValueError(f"density={self.density!r} is not a share in (0, 1]; 0.05 trains 5% of each matrix")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> LiftConfig:
@@ -188,8 +189,12 @@ def _check_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+    if not (_is_number(value) and low <= value < high):
         raise ValueError(f"{name}={value!r} is not a number of at least {low:g} and below {high:g}")
 
 

@@ -82,8 +82,8 @@ def refuse_optimizer_block(ds_config: Mapping[str, Any]) -> None:
     """
     if "optimizer" in ds_config:
         raise ValueError(
-            f'the DeepSpeed configuration has an "optimizer" block ({ds_config["optimizer"]!r}); remove it: LIFT brings '
-            f'LiftAdamW, whose settings (lr, betas, eps, weight_decay) belong into the "{LIFT_BLOCK}" block'
+            f'the DeepSpeed configuration has an "optimizer" block ({ds_config["optimizer"]!r}); remove it: LIFT '
+            f'brings LiftAdamW, whose settings (lr, betas, eps, weight_decay) belong into the "{LIFT_BLOCK}" block'
         )
 
 
@@ -133,7 +133,9 @@ def _replace_auto(
             result[key] = value
         elif here not in values:
             known = ", ".join(".".join(name) for name in values)
-            raise ValueError(f'{".".join(here)}="auto" in the DeepSpeed configuration: give a value; "auto" works for {known}')
+            raise ValueError(
+                f'{".".join(here)}="auto" in the DeepSpeed configuration: give a value; "auto" works for {known}'
+            )
         elif values[here] is not None:
             result[key] = values[here]
             chosen.append(f"{'.'.join(here)}={values[here]}")
@@ -141,7 +143,7 @@ def _replace_auto(
 
 
 def _hidden_size(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(config, "hidden_size", None)
     widest = max(logical_shape(layer.weight)[-1] for layer in require_attachment(model).layers.values())

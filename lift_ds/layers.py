@@ -58,17 +58,17 @@ class _PrincipalLinear(torch.autograd.Function):
 class PrincipalLayer(nn.Module):
     """What the managed layers share; `weight` keeps its name, its layout and its place in the state dict."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # a parameter or None
     principal_values: nn.Parameter  # θ [k], in the dtype of training
     principal_index: nn.Parameter  # I int32 [k], flat row-major positions in `weight`, ascending; frozen
     lift_attachment: Attachment
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # Autograd functions run below autocast: cast what is saved once, as autocast would cast it for the product.
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _PrincipalLinear.apply(x, self.principal_values, self.bias, self)
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        return _PrincipalLinear.apply(input, self.principal_values, self.bias, self)
 
     def entries(self) -> int:
         """Return k, also where ZeRO-3 has partitioned the index."""
@@ -90,8 +90,6 @@ class PrincipalLayer(nn.Module):
 class LiftLinear(PrincipalLayer, nn.Linear):
     """`nn.Linear`, weight [m, n] = [out, in]."""
 
-    forward = PrincipalLayer.forward
-
     def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight = self.weight.to(x.dtype)
         return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -108,8 +106,6 @@ class LiftConv1D(PrincipalLayer, Conv1D):
 
     The low-rank approximation of Wᵀ is the transpose of that of W, so the selection needs no transposition.
     """
-
-    forward = PrincipalLayer.forward
 
     def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = x @ self.weight.to(x.dtype)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -39,8 +40,8 @@ def find_targets(model: nn.Module, target_modules: str | tuple[str, ...] | None)
     if not candidates:
         kinds = " or ".join(kind.__name__ for kind in MANAGED_CLASSES)
         raise ValueError(
-            f"{type(model).__name__} has no layer LIFT can manage; it manages {kind_list(model)}{kinds} layers other than "
-            "the output head"
+            f"{type(model).__name__} has no layer LIFT can manage; it manages {kind_list(model)}{kinds} layers "
+            "other than the output head"
         )
     if target_modules is None:
         chosen = candidates
@@ -56,7 +57,9 @@ def find_targets(model: nn.Module, target_modules: str | tuple[str, ...] | None)
 
 def kind_list(model: nn.Module) -> str:
     """Return a hint on linear layers of kinds that are not managed (quantised, adapters), or nothing."""
-    others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) not in MANAGED_CLASSES})
+    others = sorted(
+        {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) not in MANAGED_CLASSES}
+    )
     return f"(not {', '.join(others)}) " if others else ""
 
 
@@ -115,7 +118,8 @@ def unmanaged_summary(model: nn.Module, managed: dict[str, nn.Module], extra: se
 
 def _reserved_weights(model: nn.Module) -> set[int]:
     """Identities of the weights of embeddings and of the output head, and of what is tied to them."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
     modules = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     modules += [m for name, m in model.named_modules() if m is head or matches(name, "lm_head")]
     return {id(m.weight) for m in modules if getattr(m, "weight", None) is not None}
@@ -138,8 +142,8 @@ def _refuse_unmatched(
         for name, parameter in model.named_parameters():
             if matches(name, pattern) and len(logical_shape(parameter)) > 2:
                 raise ValueError(
-                    f"target_modules: {name} is a stack of matrices {list(logical_shape(parameter))}, not a linear layer; "
-                    "LIFT manages matrices that are layers of their own"
+                    f"target_modules: {name} is a stack of matrices {list(logical_shape(parameter))}, not a linear "
+                    "layer; LIFT manages matrices that are layers of their own"
                 )
     names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     raise ValueError(

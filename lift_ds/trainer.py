@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -33,21 +32,18 @@ class LiftCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        assert model is not None, "the Trainer hands its model to every callback"
         require_attachment(model)
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         self._driver = bind(model, optimizer)
-        if args.gradient_checkpointing and hasattr(model, "enable_input_require_grads"):
+        if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._driver is not None
         for report in self._driver.reports[self._reported :]:
             state.log_history.append(
@@ -60,10 +56,9 @@ class LiftCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            assert model is not None
             directory = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             checkpoint.describe(model, directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,16 @@ PARITY_STEPS = 60
 
 def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """A Llama of two layers with the same weights at every call."""
-    settings: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa",
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attn_implementation": "sdpa",
+    }
     torch.manual_seed(1)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
 
@@ -39,7 +45,7 @@ def token_batch(step: int) -> Tensor:
 class Matrices(nn.Module):
     """Four independent linear layers: tall, wide, square, and one small enough that k = m * n."""
 
-    SHAPES = {"tall": (48, 12), "wide": (10, 60), "square": (32, 32), "whole": (8, 8)}
+    SHAPES: ClassVar = {"tall": (48, 12), "wide": (10, 60), "square": (32, 32), "whole": (8, 8)}
 
     def __init__(self) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ class BaseSettings:
     vocab_size: int = 1024
     block_size: int = 128
     batch_size: int = 16
-    steps: int = 300
+    steps: int = 240
     learning_rate: float = 3e-3
     stories: int = 12_000
     problems: int = 2_000

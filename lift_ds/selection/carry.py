@@ -17,7 +17,9 @@ class PrincipalState(NamedTuple):
 
 
 @torch.no_grad()
-def carry_over(old_index: Tensor, state: PrincipalState, new_index: Tensor, weight: Tensor) -> tuple[PrincipalState, int]:
+def carry_over(
+    old_index: Tensor, state: PrincipalState, new_index: Tensor, weight: Tensor
+) -> tuple[PrincipalState, int]:
     """Carry master values and moments from one selection to the next (Algorithm 1, refresh).
 
     An entry that stays selected keeps its master value and moments; a new one starts from its current

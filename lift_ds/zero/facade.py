@@ -1,7 +1,7 @@
 """bind: LIFT's part of a step, put behind the optimizer that really runs it.
 
-    engine.step()  ->  wrapper.step()      DeepSpeed: overflow check, clipping, Adam per group, gather of θ
-                       Driver.step_applied()   only if the step was applied: W.flat[I] = θ, count, refresh when due
+engine.step()  ->  wrapper.step()      DeepSpeed: overflow check, clipping, Adam per group, gather of θ
+                   Driver.step_applied()   only if the step was applied: W.flat[I] = θ, count, refresh when due
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""Parameters that ZeRO-3 has partitioned: a flat shard per rank, whole only while gathered."""
+"""Parameters that ZeRO-3 has partitioned: a flat shard per rank, whole only while gathered.
+
+DeepSpeed adds attributes to such parameters (`ds_tensor` the shard, `ds_numel` the logical size, ...), hence `Any`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import deepspeed
 import torch
@@ -25,7 +29,7 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
 
 
-def partition_like(model_parameter: Tensor, parameters: Sequence[Tensor]) -> None:
+def partition_like(model_parameter: Any, parameters: Sequence[Tensor]) -> None:
     """Partition new parameters the way a parameter of the model is; nothing happens where that one is not.
 
     Afterwards each rank holds 1/N of each, as rank 0 had it (one broadcast each).
@@ -34,7 +38,7 @@ def partition_like(model_parameter: Tensor, parameters: Sequence[Tensor]) -> Non
         model_parameter.convert_to_zero_parameters(param_list=list(parameters))
 
 
-def shard_range(parameter: Tensor) -> tuple[int, int]:
+def shard_range(parameter: Any) -> tuple[int, int]:
     """Return the flat positions [start, stop) of a partitioned parameter that this rank holds, padding excluded."""
     size = parameter.ds_tensor.ds_numel
     start = size * torch.distributed.get_rank(group=parameter.ds_process_group)
@@ -42,7 +46,7 @@ def shard_range(parameter: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
+def assign(parameter: Any, value: Tensor) -> None:
     """Set a parameter from a whole value every rank has: all of it, or this rank's shard; no collective runs.
 
     Args:
@@ -59,7 +63,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def put_values_in_shard(weight: Tensor, index: Tensor, values: Tensor) -> None:
+def put_values_in_shard(weight: Any, index: Tensor, values: Tensor) -> None:
     """W.flat[I] = θ in this rank's shard of W (and in W where it is whole at the moment); no collective runs.
 
     Args:

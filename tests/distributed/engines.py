@@ -51,7 +51,9 @@ def rank_rows(micro_step: int = 0, accumulation: int = 1) -> slice:
     return slice(first, first + size)
 
 
-def train(engine: Any, kind: str, steps: range, after_step: Callable[[int], None] | None = None, accumulation: int = 1) -> list[float]:
+def train(
+    engine: Any, kind: str, steps: range, after_step: Callable[[int], None] | None = None, accumulation: int = 1
+) -> list[float]:
     """Train and return the losses of the global batch, one a step."""
     losses = []
     for step in steps:

@@ -51,5 +51,7 @@ def run_ranks(worker: str, world_size: int, folder: Path, *arguments: str) -> li
         timeout=LIMIT_SECONDS,
         check=False,
     )
-    assert result.returncode == 0, f"{worker} on {world_size} ranks failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    assert result.returncode == 0, (
+        f"{worker} on {world_size} ranks failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+    )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]

@@ -56,7 +56,9 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
                 unwritten += int((written != layer.principal_values).sum())
         managed = {f"{name}.weight" for name in index}
         frozen += sum(
-            not torch.equal(before[name], after[name]) for name in before if name not in managed and name != "model.norm.weight"
+            not torch.equal(before[name], after[name])
+            for name in before
+            if name not in managed and name != "model.norm.weight"
         )
     dense_moved = not torch.equal(after["model.norm.weight"], torch.ones_like(after["model.norm.weight"]))
     reports = driver_of(engine).reports
@@ -148,7 +150,9 @@ def memory() -> dict[str, Any]:
 
     def foreign() -> list[int]:
         gc.collect()
-        return sorted(t.untyped_storage().nbytes() // 4 for t in live_tensors() if t.untyped_storage().data_ptr() not in own)
+        return sorted(
+            t.untyped_storage().nbytes() // 4 for t in live_tensors() if t.untyped_storage().data_ptr() not in own
+        )
 
     after_backward = foreign()
     engine.step()
