@@ -1,0 +1,47 @@
+# make setup   install into .venv          make train   the main job, small and offline, on two ranks
+# make test    lint, types, every test     make test-slow   the longer checks
+
+PYTHON ?= python3
+VENV ?= .venv
+RANKS ?= 2
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/installed
+
+# One thread a rank: two ranks on two cores otherwise fight over them.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup train test test-slow lint clean
+
+setup: $(STAMP)
+
+# torch comes first: DeepSpeed's build reads its version, and an open range would fetch gigabytes of CUDA packages.
+# Without CUDA, DeepSpeed's two host kernels are compiled here once, into the environment, instead of at first use by
+# every rank; with CUDA, DeepSpeed compiles what it needs at first use. pip's cache may hold a wheel without them.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"lift_ds needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; name another by PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja
+	host=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') && \
+	PATH="$(abspath $(BIN)):$$PATH" DS_BUILD_CPU_ADAM=$$host DS_BUILD_SHM_COMM=$$host \
+	$(PIP) --no-build-isolation --no-cache-dir deepspeed
+	$(PIP) --no-build-isolation --editable '.[trl,development]'
+	touch $(STAMP)
+
+train: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_accelerators $(RANKS) launch/train.py --deepspeed ds_configs/lift_zero2.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info lift_out

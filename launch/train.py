@@ -1,0 +1,248 @@
+"""Fine-tune a causal language model with LIFT, with full fine-tuning, or with LoRA.
+
+    deepspeed launch/train.py --deepspeed ds_configs/lift_zero2.json \\
+        --model_name_or_path MODEL --train_file rows.json --output_dir tuned
+
+Without DeepSpeed it is one plain process (`python launch/train.py ...`); with neither model nor data named it
+builds a small model and trains it on generated text. `--help` lists every flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun does not set it.
+os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+try:
+    from trl import SFTTrainer
+except ImportError as missing:
+    raise SystemExit(f"launch/train.py needs TRL ({missing}): pip install 'lift_ds[trl]'") from None
+
+import datasets
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+import lift_ds
+import lift_ds.checkpoint
+from lift_ds.demo import run as demo
+from lift_ds.logs import get_logger, is_main_rank
+from lift_ds.training import arguments, loading, reporting, saving
+
+logger = get_logger()
+
+#: Exit codes: settings or data that cannot be used; ended by Ctrl-C.
+REFUSED, INTERRUPTED = 2, 130
+
+#: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
+_GRACE = 20.0
+
+
+@dataclass
+class Job:
+    """A run that is set up and checked."""
+
+    script: arguments.ScriptArguments
+    args: arguments.TrainArguments
+    trainer: SFTTrainer
+    tokenizer: PreTrainedTokenizerBase
+    base_dtype: torch.dtype
+    checkpoint: str | None
+    metrics: dict[str, str]  # metric name -> row of the final table
+    demo_base: Path | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Set up, train, evaluate, save.
+
+    Args:
+        argv: command line; that of the process where None.
+
+    Returns:
+        The exit code.
+    """
+    speak_on_one_rank()
+    try:
+        try:
+            job = set_up(argv)
+        except ValueError as error:
+            return refuse(error)
+        train(job)
+        return 0
+    except KeyboardInterrupt:
+        # Other ranks may be waiting in a collective, so an orderly end could wait for ever.
+        if is_main_rank():
+            print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def set_up(argv: Sequence[str] | None) -> Job:
+    """Build everything a run needs, from the command line to the trainer.
+
+    Raises:
+        ValueError: a setting, the model or the data cannot be used; the message says which and why.
+    """
+    values, given = arguments.make_parser().read(argv)
+    script = arguments.build(arguments.ScriptArguments, values)
+    is_demo = arguments.check_sources(script)
+    if is_demo:
+        logger.info("%s", demo.settle(values, given))
+    config = arguments.lift_config(values)
+    arguments.settle_optimizer(values, config)
+    demo_base = prepare_demo(values) if is_demo else None
+    script = arguments.build(arguments.ScriptArguments, values)
+    values["deepspeed"] = arguments.deepspeed_settings(values)
+    if values["deepspeed"]:
+        single_process_group()
+    # From here on DeepSpeed's file is known to transformers: under ZeRO-3 a model loads partitioned.
+    args = arguments.build(arguments.TrainArguments, values)
+    if args.deepspeed:
+        # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    checkpoint = loading.find_checkpoint(args)
+    tokenizer = loading.load_tokenizer(script, args)
+    train_rows, held_out = loading.load_data(script, args, tokenizer)
+    evaluation: Dataset | dict[str, Dataset] | None = held_out
+    metrics = {"eval_loss": "held-out rows"}
+    if demo_base is not None:
+        evaluation = demo.held_out(demo_base)
+        metrics = {
+            f"eval_{demo.NEW}_loss": "word problems (new task)",
+            f"eval_{demo.OLD}_loss": "stories (what it knew)",
+        }
+    args.eval_on_start = evaluation is not None
+    model, base_dtype = loading.load_model(script, args)
+    attention = model.config._attn_implementation
+    logger.info("%s: attention by %s, weights in %s", script.model_name_or_path, attention, model.dtype)
+    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation)
+    if checkpoint is not None and script.method == "lift":
+        lift_ds.checkpoint.verify(model, checkpoint)
+    return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, metrics, demo_base)
+
+
+def prepare_demo(values: arguments.Values) -> Path:
+    """Name the generated model and data as if they had been given."""
+    logger.info("preparing the small base model (a minute of training where it is not cached)")
+    base = demo.prepare()
+    logger.info("base model and data: %s", base)
+    values["model_name_or_path"], values["train_file"] = str(base), demo.train_file(base)
+    values["eval_split_size"] = 0.0
+    return base
+
+
+def make_trainer(
+    script: arguments.ScriptArguments,
+    args: arguments.TrainArguments,
+    config: lift_ds.LiftConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    evaluation: Dataset | dict[str, Dataset] | None,
+) -> SFTTrainer:
+    """Build TRL's trainer for the chosen method."""
+    extra: dict[str, object] = {}
+    callbacks: list[transformers.TrainerCallback] = []
+    if script.method == "lift":
+        lift_ds.attach(model, config)
+        # Not `optimizers=`: under DeepSpeed the Trainer drops that one and builds an AdamW of its own.
+        settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+        settings |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+        extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **settings})
+        callbacks.append(lift_ds.LiftCallback())
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()  # the embeddings are frozen
+    elif script.method == "lora":
+        extra["peft_config"] = loading.lora_config(script, config)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **extra,
+    )
+    # First in the list, so that the progress bar and every reporter show what it adds to the logs.
+    trainer.callback_handler.callbacks.insert(0, reporting.SpeedCallback())
+    return trainer
+
+
+def train(job: Job) -> None:
+    """Train, evaluate again, save the plain model and say what came out."""
+    trainer = job.trainer
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    after: dict[str, float] = {}
+    if trainer.eval_dataset is not None:
+        after = reporting.first_losses([trainer.evaluate()])
+    if job.args.deepspeed and trainer.model_wrapped.zero_optimization_partition_weights():
+        trainer.model_wrapped.empty_partition_cache()  # an evaluation leaves weights on their way, fetched ahead of use
+    if job.script.method == "lift":
+        lift_ds.detach(trainer.model)
+    model: PreTrainedModel | PeftModel = trainer.model
+    folder = str(job.args.output_dir)
+    tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    if not is_main_rank():
+        return
+    if after:
+        print(reporting.loss_table(reporting.first_losses(trainer.state.log_history), after, job.metrics))
+    print(f"saved to {folder}: a plain Hugging Face model ({tensors} tensors, {job.base_dtype}) and its tokenizer")
+    if job.demo_base is not None:
+        unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
+        print(demo.answer_one(folder, job.demo_base))
+
+
+def refuse(error: ValueError) -> int:
+    """Say what is wrong, once; give the exit code.
+
+    The launcher ends all ranks with the first that ends, so the others leave the first word to rank 0. One that
+    is still there after a while met an error of its own, and says so.
+    """
+    if not is_main_rank():
+        time.sleep(_GRACE)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def speak_on_one_rank() -> None:
+    """Keep what is the same on every rank to rank 0: warnings, progress bars, the libraries' logs."""
+    transformers.logging.set_verbosity_warning()
+    if is_main_rank():
+        return
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def single_process_group() -> None:
+    """Let `python launch/train.py --deepspeed ...` run as one rank, without a launcher."""
+    if "RANK" in os.environ:
+        return
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
