@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,7 @@ class Attachment:
         layers: dotted name -> managed layer, in the order of the model's modules.
         required_grad: names of the parameters that required grad before.
         driven: whether something applies the principal values after a step (LiftAdamW, or the facade over ZeRO).
+        optimizer: the LiftAdamW built from the model, if one was.
         gradient_seen: whether a gradient reached a principal value since the last applied step.
     """
 
@@ -28,6 +30,7 @@ class Attachment:
     layers: dict[str, PrincipalLayer]
     required_grad: frozenset[str]
     driven: bool = False
+    optimizer: Any = None
     gradient_seen: bool = False
 
     def note_backward(self) -> None:

@@ -49,6 +49,7 @@ class LiftAdamW(torch.optim.AdamW):
         self.driver: Driver | None = None
         self._hook: RemovableHandle | None = None
         if attachment is not None:
+            attachment.optimizer = self
             self.driver, self._hook = drive_plain(self, attachment)
 
     def yield_to(self, driver: Driver) -> None:

@@ -19,9 +19,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from lift_ds.attachment import Attachment, require_attachment
+from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver, PrincipalStore
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
+
+logger = get_logger()
 
 
 def bind(model: nn.Module, optimizer: Any) -> Driver:
@@ -43,6 +46,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
     if isinstance(driver, Driver) and driver.attachment is attachment:
         return driver
     _require_values(attachment, optimizer)
+    _warn_if_dropped(attachment, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         driver, _ = drive_plain(optimizer, attachment)
         optimizer.driver = driver  # type: ignore[attr-defined]
@@ -87,6 +91,18 @@ def _require_values(attachment: Attachment, optimizer: Any) -> None:
         raise ValueError(
             f"the optimizer {type(optimizer).__name__} does not train the principal values of {len(missing)} matrices "
             f"({missing[0]}, ...): call lift_ds.attach(model, config) before the optimizer is built"
+        )
+
+
+def _warn_if_dropped(attachment: Attachment, optimizer: Any) -> None:
+    """Say so when a LiftAdamW was built for the model and another optimizer trains it."""
+    built, inner = attachment.optimizer, getattr(optimizer, "optimizer", optimizer)
+    if built is not None and inner is not built:
+        logger.warning(
+            "a LiftAdamW was built for this model, but %s trains it, with settings of its own. Under DeepSpeed the "
+            "Trainer drops `optimizers=(LiftAdamW(...), ...)`; give it "
+            '`optimizer_cls_and_kwargs=(lift_ds.LiftAdamW, {"model": model, "lr": ...})` instead',
+            type(inner).__name__,
         )
 
 

@@ -90,7 +90,7 @@ def test_zero2_keeps_no_dense_gradient_and_no_dense_state(ranks: list[Results]) 
 
 RESUMES = [f"resume stage {stage} after {cut}" for stage in (2, 3) for cut in (2, 3, 4)]
 RESUMES += ["resume stage 0 after 4", "resume stage 1 after 4", "resume bf16 stage 1"]
-RESUMES += ["resume offload stage 2", "resume offload stage 3"]
+RESUMES += ["resume offload stage 2", "resume offload stage 3", "resume in place stage 1", "resume in place stage 3"]
 
 
 @pytest.mark.parametrize("name", RESUMES)
@@ -100,6 +100,22 @@ def test_resume_continues_to_the_bit(ranks: list[Results], name: str) -> None:
         assert found["losses"] == expected["losses"]
         for kind in ("weights", "indices"):
             assert all(torch.equal(found[kind][key], expected[kind][key]) for key in expected[kind])
+
+
+def test_shipped_files_work_as_they_are(ranks: list[Results]) -> None:
+    """By `lift_ds.initialize`; one model, one batch, so that stages and offloading show the same losses (fp32)."""
+    runs = ranks[0]["shipped files"]
+    stages = {name: (run["stage"], run["cpu_kernel"]) for name, run in runs.items()}
+    assert stages == {
+        "lift_zero1": (1, False),
+        "lift_zero2": (2, False),
+        "lift_zero3": (3, False),
+        "lift_zero2_offload": (2, True),
+        "lift_zero3_offload": (3, True),
+    }
+    for run in runs.values():
+        assert run["budget_rank"] == 128
+        assert run["losses"] == pytest.approx(runs["lift_zero2"]["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

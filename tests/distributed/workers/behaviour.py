@@ -168,8 +168,11 @@ def memory() -> dict[str, Any]:
     return result
 
 
-def resume(stage: int, cut: int, folder: str, **options: Any) -> dict[str, Any]:
-    """Seven steps at once, and with a save and a load into a new engine after `cut` of them."""
+def resume(stage: int, cut: int, folder: str, *, in_place: bool = False, **options: Any) -> dict[str, Any]:
+    """Seven steps at once, and with a save and a load after `cut` of them.
+
+    The load goes into a new engine, or back into the one that saved and went on.
+    """
     engine, model = start(stage, **options)
     losses = engines.train(engine, "llama", range(7))
     expected = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
@@ -179,13 +182,39 @@ def resume(stage: int, cut: int, folder: str, **options: Any) -> dict[str, Any]:
     engine, model = start(stage, **options)
     losses = engines.train(engine, "llama", range(cut))
     engine.save_checkpoint(path)
-    engine.destroy()
-    engine, model = start(stage, **options)
+    if in_place:
+        engines.train(engine, "llama", range(20, 24))
+    else:
+        engine.destroy()
+        engine, model = start(stage, **options)
     engine.load_checkpoint(path)
     losses += engines.train(engine, "llama", range(cut, 7))
     found = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
     engine.destroy()
     return {"expected": expected, "found": found}
+
+
+def shipped_files() -> dict[str, dict[str, Any]]:
+    """Each file of ds_configs as it is, by `lift_ds.initialize`: losses of three steps, budget and offloading."""
+    found = {}
+    for path in sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json")):
+        model = cases.build("llama")
+        engine, *_ = lift_ds.initialize(model=model, config=path)
+        losses = []
+        for step in range(3):
+            loss = cases.loss_of(engine, "llama", step, engines.rank_rows())
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        inner = engine.optimizer.optimizer
+        found[path.stem] = {
+            "losses": losses,
+            "stage": engine.zero_optimization_stage(),
+            "budget_rank": require_attachment(model).config.budget_rank,
+            "cpu_kernel": inner._kernel is not None,
+        }
+        engine.destroy()
+    return found
 
 
 def message_of(action: Callable[[], object]) -> str:
@@ -237,7 +266,9 @@ def refusals(folder: str) -> dict[str, str]:
 if __name__ == "__main__":
     engines.start()
     folder = sys.argv[1]
-    results: dict[str, Any] = {f"changes stage {stage}": changes(stage) for stage in range(4)}
+    results: dict[str, Any] = {"memory": memory()}  # first: DeepSpeed keeps parts of earlier engines alive
+    for stage in range(4):
+        results[f"changes stage {stage}"] = changes(stage)
     for stage in range(4):
         results[f"changes bf16 stage {stage}"] = changes(stage, bf16=True)
         results[f"accumulation stage {stage}"] = counted_accumulation(stage)
@@ -248,8 +279,10 @@ if __name__ == "__main__":
             results[f"resume stage {stage} after {cut}"] = resume(stage, cut, folder)
     for stage in (2, 3):
         results[f"resume offload stage {stage}"] = resume(stage, 4, folder, offload=True)
+    for stage in (1, 3):
+        results[f"resume in place stage {stage}"] = resume(stage, 4, folder, in_place=True)
     results["resume bf16 stage 1"] = resume(1, 4, folder, bf16=True)
     results["partitioned loading"] = partitioned_loading()
-    results["memory"] = memory()
+    results["shipped files"] = shipped_files()
     results["refusals"] = refusals(folder)
     engines.finish(folder, results)

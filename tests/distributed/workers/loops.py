@@ -39,10 +39,17 @@ SETTINGS = lift_ds.LiftConfig(
 Result = tuple[torch.nn.Module, list[int]]
 
 
+def adam_settings() -> dict[str, Any]:
+    return {"lr": SETTINGS.lr, "betas": SETTINGS.betas, "eps": SETTINGS.eps, "weight_decay": SETTINGS.weight_decay}
+
+
 def adam(model: torch.nn.Module) -> lift_ds.LiftAdamW:
-    return lift_ds.LiftAdamW(
-        model, lr=SETTINGS.lr, betas=SETTINGS.betas, eps=SETTINGS.eps, weight_decay=SETTINGS.weight_decay
-    )
+    return lift_ds.LiftAdamW(model, **adam_settings())
+
+
+def adam_for_trainer(model: torch.nn.Module) -> tuple[type[lift_ds.LiftAdamW], dict[str, Any]]:
+    """LiftAdamW as a Trainer takes it, which passes "model" on as the first argument."""
+    return lift_ds.LiftAdamW, {"model": model, **adam_settings()}
 
 
 def plain() -> Result:
@@ -105,25 +112,37 @@ def run_trainer(trainer: Trainer, model: torch.nn.Module) -> Result:
     return model, history
 
 
-def hf_trainer(stage: int | None, own_optimizer: bool) -> Result:
-    """transformers' Trainer, with LiftAdamW or the Trainer's own AdamW; without DeepSpeed it wraps the model in DDP."""
+def hf_trainer(stage: int | None) -> Result:
+    """transformers' Trainer with LiftAdamW; without DeepSpeed it wraps the model in DDP."""
     args = arguments(TrainingArguments, None if stage is None else zero(stage))
     model = lift_ds.attach(cases.build("llama"), SETTINGS)
-    optimizers = (None, None) if own_optimizer else (adam(model), None)
-    return run_trainer(Trainer(model=model, args=args, train_dataset=rows(), optimizers=optimizers), model)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), optimizer_cls_and_kwargs=adam_for_trainer(model))
+    return run_trainer(trainer, model)
 
 
-def hf_trainer_class() -> Result:
-    """transformers' Trainer building LiftAdamW from its class."""
+def trainer_own_adamw() -> Result:
+    """transformers' Trainer with the AdamW it builds itself."""
+    model = lift_ds.attach(cases.build("llama"), SETTINGS)
+    trainer = Trainer(model=model, args=arguments(TrainingArguments, zero(2)), train_dataset=rows())
+    return run_trainer(trainer, model)
+
+
+def trainer_groups() -> Result:
+    """transformers' Trainer handing its own parameter groups to LiftAdamW."""
     model = lift_ds.attach(cases.build("llama"), SETTINGS)
     settings = {"lr": SETTINGS.lr, "betas": SETTINGS.betas, "eps": SETTINGS.eps}
+    args = arguments(TrainingArguments, zero(2))
     trainer = Trainer(
-        model=model,
-        args=arguments(TrainingArguments, zero(2)),
-        train_dataset=rows(),
-        optimizer_cls_and_kwargs=(lift_ds.LiftAdamW, settings),
+        model=model, args=args, train_dataset=rows(), optimizer_cls_and_kwargs=(lift_ds.LiftAdamW, settings)
     )
     return run_trainer(trainer, model)
+
+
+def trainer_ddp_instance() -> Result:
+    """transformers' Trainer without DeepSpeed, with a LiftAdamW the caller has built."""
+    model = lift_ds.attach(cases.build("llama"), SETTINGS)
+    args = arguments(TrainingArguments, None)
+    return run_trainer(Trainer(model=model, args=args, train_dataset=rows(), optimizers=(adam(model), None)), model)
 
 
 def sft_trainer(stage: int) -> Result:
@@ -138,7 +157,11 @@ def sft_trainer(stage: int) -> Result:
     args = arguments(SFTConfig, zero(stage), max_length=None, loss_type="nll")
     model = lift_ds.attach(cases.build("llama"), SETTINGS)
     trainer = SFTTrainer(
-        model=model, args=args, train_dataset=rows(), processing_class=tokenizer, optimizers=(adam(model), None)
+        model=model,
+        args=args,
+        train_dataset=rows(),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=adam_for_trainer(model),
     )
     return run_trainer(trainer, model)
 
@@ -146,11 +169,12 @@ def sft_trainer(stage: int) -> Result:
 LOOPS: dict[str, Callable[[], Result]] = {
     "plain": plain,
     "deepspeed": deepspeed_loop,
-    "trainer-zero2": lambda: hf_trainer(2, own_optimizer=False),
-    "trainer-zero3": lambda: hf_trainer(3, own_optimizer=False),
-    "trainer-ddp": lambda: hf_trainer(None, own_optimizer=False),
-    "trainer-own-adamw": lambda: hf_trainer(2, own_optimizer=True),
-    "trainer-class": hf_trainer_class,
+    "trainer-zero2": lambda: hf_trainer(2),
+    "trainer-zero3": lambda: hf_trainer(3),
+    "trainer-own-adamw": trainer_own_adamw,
+    "trainer-groups": trainer_groups,
+    "trainer-ddp": lambda: hf_trainer(None),
+    "trainer-ddp-instance": trainer_ddp_instance,
     "sft-zero2": lambda: sft_trainer(2),
 }
 
