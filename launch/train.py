@@ -167,8 +167,6 @@ def make_trainer(
         settings |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
         extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **settings})
         callbacks.append(lift_ds.LiftCallback())
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()  # the embeddings are frozen
     elif script.method == "lora":
         extra["peft_config"] = loading.lora_config(script, config)
     trainer = SFTTrainer(

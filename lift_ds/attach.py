@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -104,10 +105,19 @@ def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Tens
     """Return θ [k] and I int32 [k] of a layer, whole on every rank."""
     with gathered([module.weight]):
         weight = module.weight.detach()
-        index = select(name, weight, config)
+        index = select(name, weight.to(_selection_device(weight)), config).to(weight.device)
         # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
         dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
         return weight.reshape(-1)[index.long()].to(dtype), index
+
+
+def _selection_device(weight: Tensor) -> torch.device:
+    """Return where to factor a weight: its own device, or this rank's accelerator while the model is on the host."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or weight.device.type != "cpu":
+        return weight.device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(accelerator.type, local_rank if local_rank < torch.accelerator.device_count() else 0)
 
 
 def _manage(module: Any, values: Tensor, index: Tensor) -> PrincipalLayer:

@@ -24,6 +24,8 @@ class Attachment:
         driven: whether something applies the principal values after a step (LiftAdamW, or the facade over ZeRO).
         optimizer: the LiftAdamW built from the model, if one was.
         gradient_seen: whether a gradient reached a principal value since the last applied step.
+        backwards: how often a gradient reached a layer before the first applied step.
+        step_seen: whether a step has been applied.
     """
 
     config: LiftConfig
@@ -32,12 +34,14 @@ class Attachment:
     driven: bool = False
     optimizer: Any = None
     gradient_seen: bool = False
+    backwards: int = 0
+    step_seen: bool = False
 
-    def note_backward(self) -> None:
-        """Note that a gradient reached principal values.
+    def note_backward(self, layer: PrincipalLayer) -> None:
+        """Note that a gradient reached the principal values of a layer, which is whole at this moment.
 
         Raises:
-            RuntimeError: when nothing would ever write them into the weights.
+            RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
         """
         if not self.driven:
             raise RuntimeError(
@@ -46,6 +50,15 @@ class Attachment:
                 "lift_ds.LiftCallback() to the Trainer; lift_ds.detach(model) makes it a plain model again"
             )
         self.gradient_seen = True
+        if not self.step_seen:
+            self.backwards += 1
+            # Comparing synchronises a device: at every power of two, and no more once a step has been applied.
+            if self.backwards & (self.backwards - 1) == 0 and not layer.holds_its_values():
+                raise RuntimeError(
+                    "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
+                    "them into the weights. Let the LiftAdamW that was built take the steps, or add "
+                    "lift_ds.LiftCallback() to the Trainer. (Weights loaded after lift_ds.attach look the same: attach after loading)"
+                )
 
     def confirm_gradients(self) -> None:
         """Check at an applied step that gradients reached LIFT since the last one.
@@ -60,6 +73,7 @@ class Attachment:
                 "are frozen; also check that the managed layers take part in the loss"
             )
         self.gradient_seen = False
+        self.step_seen = True
 
     def entries(self) -> int:
         """Return how many entries are trained in all managed matrices together."""

@@ -47,7 +47,7 @@ class _PrincipalLinear(torch.autograd.Function):
         grad_2d = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, m]
         grad_values = None
         if needs_values:
-            layer.lift_attachment.note_backward()
+            layer.lift_attachment.note_backward(layer)
             x_2d = x.reshape(-1, x.shape[-1]).to(grad_2d.dtype)  # [tokens, n]
             grad_weight = layer.weight_gradient(x_2d, grad_2d)
             grad_values = grad_weight.view(-1).index_select(0, layer.principal_index).to(ctx.values_dtype)  # [k]
@@ -73,6 +73,12 @@ class PrincipalLayer(nn.Module):
     def entries(self) -> int:
         """Return k, also where ZeRO-3 has partitioned the index."""
         return logical_shape(self.principal_index).numel()
+
+    @torch.no_grad()
+    def holds_its_values(self) -> bool:
+        """Tell whether W.flat[I] = θ, in the dtype of W; all three whole."""
+        held = self.weight.view(-1)[self.principal_index.long()]  # [k]
+        return torch.equal(held, self.principal_values.to(held.dtype))
 
     def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output for x [..., n]."""

@@ -40,6 +40,7 @@ class LiftCallback(TrainerCallback):
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         self._driver = bind(model, optimizer)
+        # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 

@@ -261,6 +261,22 @@ def test_backward_without_an_optimizer_of_lift_is_refused() -> None:
         loss_of(model, "matrices", 0)  # evaluation is fine
 
 
+def test_steps_of_another_optimizer_are_noticed() -> None:
+    """A LiftAdamW is built, as for a Trainer, and dropped; what trains instead writes nothing back."""
+    model, _ = prepared()
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    loss_of(model, "matrices", 0).backward()
+    loss_of(model, "matrices", 1).backward()  # accumulating is fine
+    other.step()
+
+    def go_on() -> None:
+        for step in range(4):
+            loss_of(model, "matrices", step).backward()
+
+    with pytest.raises(RuntimeError, match="not active: an optimizer changed the principal values"):
+        go_on()
+
+
 def test_step_without_a_gradient_is_refused() -> None:
     model, optimizer = prepared()
     before = snapshot(model)
