@@ -57,7 +57,7 @@ class Attachment:
                 raise RuntimeError(
                     "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
                     "them into the weights. Let the LiftAdamW that was built take the steps, or add "
-                    "lift_ds.LiftCallback() to the Trainer. (Weights loaded after lift_ds.attach look the same: attach after loading)"
+                    "lift_ds.LiftCallback() to the Trainer; and attach after loading weights, not before"
                 )
 
     def confirm_gradients(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lift_ds.attachment import require_attachment
+from lift_ds.config import read_json_object
 from lift_ds.layers import logical_shape
 
 #: Name of the description inside a checkpoint folder.
@@ -47,13 +48,9 @@ def verify(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         raise ValueError(f"checkpoint folder {os.fspath(directory)!r} does not exist")
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: the folder is no LIFT checkpoint, or one that was not written to its end")
-    with open(path, encoding="utf-8") as file:
-        try:
-            saved = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    saved = read_json_object(path)
     current = _description(model)
-    if not isinstance(saved, dict) or not saved.keys() >= current.keys():
+    if not saved.keys() >= current.keys():
         raise ValueError(f"{path}: not a description of a LIFT checkpoint")
     if saved["format"] != current["format"]:
         raise ValueError(f"{path}: format {saved['format']!r}, this version reads {current['format']}")

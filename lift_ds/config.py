@@ -165,13 +165,22 @@ def read_ds_config(ds_config: str | os.PathLike[str] | Mapping[str, Any]) -> dic
     path = os.fspath(ds_config)
     if not os.path.isfile(path):
         raise ValueError(f"DeepSpeed configuration {path!r} does not exist; give the path of a JSON file")
+    return read_json_object(path)
+
+
+def read_json_object(path: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: when it holds none; the message has the file and, where it does not parse, the line.
+    """
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is a {type(content).__name__}")
+        raise ValueError(f"{path}: needs a JSON object, this is a {type(content).__name__}")
     return content
 
 

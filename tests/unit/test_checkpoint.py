@@ -135,7 +135,7 @@ def test_folder_without_description_is_refused(tmp_path: Path) -> None:
     [
         ('{\n "format": 1,\n', r"lift\.json:3: not valid JSON"),
         ("", r"lift\.json:1: not valid JSON"),
-        ("[]", r"lift\.json: not a description of a LIFT checkpoint"),
+        ("[]", r"lift\.json: needs a JSON object"),
         ("{}", r"lift\.json: not a description of a LIFT checkpoint"),
     ],
     ids=["cut off", "empty", "list", "nothing in it"],

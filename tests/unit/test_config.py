@@ -123,7 +123,7 @@ def test_config_is_read_from_a_file(tmp_path: Path) -> None:
         (None, "bad.json' does not exist"),
         ('{\n "lift": {},\n broken\n}', "bad.json:3: not valid JSON"),
         ("", "bad.json:1: not valid JSON"),
-        ("[1]", "bad.json: a DeepSpeed configuration is a JSON object, this is a list"),
+        ("[1]", "bad.json: needs a JSON object, this is a list"),
         ('{"zero_optimization": {"lift": {"density": 0.5}}}', 'bad.json has no top-level "lift" block'),
     ],
     ids=["missing", "malformed", "empty", "list", "no block"],
