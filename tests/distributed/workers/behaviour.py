@@ -16,6 +16,8 @@ import engines
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
 
 import lift_ds
 from lift_ds.attachment import require_attachment
@@ -100,17 +102,18 @@ def counted_accumulation(stage: int) -> dict[str, Any]:
     return result
 
 
-def partitioned_loading() -> dict[str, Any]:
-    """attach under zero.Init and on the whole model: the indices of both, and a few steps of training."""
+def partitioned_loading(folder: str) -> dict[str, Any]:
+    """attach to a model that loaded partitioned, and to the whole one: the indices of both, and steps of training."""
     whole = lift_ds.attach(cases.build("llama"), SETTINGS)
     expected = engines.whole_indices(whole)
-    with deepspeed.zero.Init(config_dict_or_path=engines.ds_config(3)):
-        partitioned = cases.build("llama")
-    # zero.Init broadcasts rank 0's random weights; take the case's own.
-    values = cases.build("llama").state_dict()
-    for name, parameter in partitioned.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            parameter.data.copy_(values[name])
+    path = f"{folder}/pretrained"
+    if dist.get_rank() == 0:
+        cases.build("llama").save_pretrained(path)
+    dist.barrier()
+    zero3 = HfDeepSpeedConfig(engines.ds_config(3))  # from now on, and as long as it lives, loading partitions
+    partitioned = AutoModelForCausalLM.from_pretrained(path)
+    del zero3
+    assert partitioned.lm_head.weight.shape == (0,), "the model did not load partitioned"
     lift_ds.attach(partitioned, SETTINGS)
     found = engines.whole_indices(partitioned)
     held = sum(layer.principal_index.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values())
@@ -282,7 +285,7 @@ if __name__ == "__main__":
     for stage in (1, 3):
         results[f"resume in place stage {stage}"] = resume(stage, 4, folder, in_place=True)
     results["resume bf16 stage 1"] = resume(1, 4, folder, bf16=True)
-    results["partitioned loading"] = partitioned_loading()
+    results["partitioned loading"] = partitioned_loading(folder)
     results["shipped files"] = shipped_files()
     results["refusals"] = refusals(folder)
     engines.finish(folder, results)
