@@ -63,6 +63,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
 def _store_for(wrapper: Any) -> PrincipalStore:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        _refuse_second_copies(wrapper)
         return PartitionedParameterStore()
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         return PartitionedStateStore(wrapper)
@@ -72,6 +73,20 @@ def _store_for(wrapper: Any) -> PrincipalStore:
         f"LIFT cannot reach the states of {type(wrapper).__name__}; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW and "
         'without ZenFlow or "super_offload"'
     )
+
+
+def _refuse_second_copies(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Refuse the options of stage 3 under which a frozen weight is held in another form beside its shard."""
+    if wrapper.zero_hpz_partition_size > 1:
+        raise ValueError(
+            f"zero_hpz_partition_size={wrapper.zero_hpz_partition_size}: LIFT writes the trained values into the "
+            "shards of the weights and would leave the secondary copies behind; leave it at 1"
+        )
+    if wrapper.zero_quantized_nontrainable_weights:
+        raise ValueError(
+            "zero_quantized_nontrainable_weights=true: the weights LIFT manages are frozen parameters that it writes "
+            "into, so they cannot be quantised; leave it out"
+        )
 
 
 def _trained_parameters(optimizer: Any) -> Iterable[Tensor]:

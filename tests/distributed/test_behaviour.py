@@ -123,6 +123,7 @@ def test_shipped_files_work_as_they_are(ranks: list[Results]) -> None:
     [
         ("unbound", ["RuntimeError", "not active", "lift_ds.initialize"]),
         ("foreign_optimizer", ["ValueError", "does not train the principal values of 14 matrices"]),
+        ("secondary_copies", ["ValueError", "zero_hpz_partition_size=2"]),
         ("other_model", ["ValueError", "lift.json", "another model", "mlp.", "[80, 32]", "[96, 32]"]),
         ("nothing_saved", ["ValueError", "latest is missing"]),
         ("not_finite", ["ValueError", "model.layers.1.mlp.up_proj.weight", "NaN"]),

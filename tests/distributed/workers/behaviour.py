@@ -245,6 +245,10 @@ def refusals(folder: str) -> dict[str, str]:
         optimizer = torch.optim.AdamW([model.model.norm.weight.requires_grad_(True)])
         lift_ds.initialize(model=model, optimizer=optimizer, config=engines.ds_config(2))
 
+    def secondary_copies() -> None:
+        zero = {"stage": 3, "zero_hpz_partition_size": 2}
+        start(3, zero_optimization=zero)
+
     def other_model() -> None:
         engine, _ = start(2)
         engine.save_checkpoint(f"{folder}/small")
@@ -261,7 +265,7 @@ def refusals(folder: str) -> dict[str, str]:
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
         driver_of(engine)._refresh(3)
 
-    for action in (unbound, foreign_optimizer, other_model, nothing_saved, not_finite):
+    for action in (unbound, foreign_optimizer, secondary_copies, other_model, nothing_saved, not_finite):
         found[action.__name__] = message_of(action)
     return found
 
