@@ -18,7 +18,7 @@ class PrincipalState(NamedTuple):
 
 @torch.no_grad()
 def carry_over(
-    old_index: Tensor, state: PrincipalState, new_index: Tensor, weight: Tensor
+    old_index: Tensor, state: PrincipalState, new_index: Tensor, current: Tensor
 ) -> tuple[PrincipalState, int]:
     """Carry master values and moments from one selection to the next (Algorithm 1, refresh).
 
@@ -29,16 +29,15 @@ def carry_over(
         old_index: int [k], ascending, the selection `state` belongs to.
         state: tensors [k] in the order of `old_index`.
         new_index: int [k], ascending.
-        weight: [m, n], the current weight, holding the trained values.
+        current: [k], the current weights at `new_index`.
 
     Returns:
         The state in the order of `new_index`, and how many entries are new.
     """
     place = torch.searchsorted(old_index, new_index).clamp_(max=old_index.numel() - 1)  # [k]
     survives = old_index[place] == new_index  # [k]
-    current = weight.reshape(-1)[new_index.long()].to(state.master.dtype)  # [k]
     carried = PrincipalState(
-        master=torch.where(survives, state.master[place], current),
+        master=torch.where(survives, state.master[place], current.to(state.master.dtype)),
         exp_avg=torch.where(survives, state.exp_avg[place], 0.0),
         exp_avg_sq=torch.where(survives, state.exp_avg_sq[place], 0.0),
     )

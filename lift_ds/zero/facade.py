@@ -64,7 +64,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 def _store_for(wrapper: Any) -> PrincipalStore:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         _refuse_second_copies(wrapper)
-        return PartitionedParameterStore()
+        return PartitionedParameterStore(wrapper)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         return PartitionedStateStore(wrapper)
     if isinstance(wrapper, FP16_UnfusedOptimizer):

@@ -11,6 +11,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
 from torch import Tensor
 
@@ -27,6 +29,29 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         parameters: any parameters. On leaving, the partitioned ones hold only their shards again.
     """
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+@torch.no_grad()
+def gathered_to(parameter: Any, owner: int) -> Tensor | None:
+    """Make a partitioned parameter whole on one rank: its shards are gathered there, once over the network in total.
+
+    Args:
+        parameter: a partitioned parameter; stays as it is.
+        owner: rank within the parameter's group.
+
+    Returns:
+        A copy in the logical shape on the owner, None on the other ranks; all of them call.
+    """
+    group = parameter.ds_process_group
+    ranks, is_owner = comm.get_world_size(group=group), comm.get_rank(group=group) == owner
+    shard = parameter.ds_tensor.detach().to(get_accelerator().current_device_name())
+    if ranks == 1:
+        return shard[: parameter.ds_numel].view(parameter.ds_shape).clone()
+    whole = torch.empty(ranks, shard.numel(), dtype=shard.dtype, device=shard.device) if is_owner else None
+    # As bytes: not every backend gathers every dtype.
+    parts = [part.view(torch.uint8) for part in whole] if whole is not None else None
+    comm.gather(shard.view(torch.uint8), parts, dst=comm.get_global_rank(group, owner), group=group)
+    return None if whole is None else whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def partition_like(model_parameter: Any, parameters: Sequence[Tensor]) -> None:

@@ -231,7 +231,7 @@ def test_carry_over_is_that_of_a_dictionary(old: Tensor, new: Tensor, dtype: tor
     by_position = {position: tuple(t[i].item() for t in state) for i, position in enumerate(old.tolist())}
     expected = [by_position.get(p, (weight[p // 10, p % 10].item(), 0.0, 0.0)) for p in new.tolist()]
 
-    carried, replaced = carry_over(old, state, new, weight)
+    carried, replaced = carry_over(old, state, new, weight.view(-1)[new.long()])
 
     assert list(zip(*(t.tolist() for t in carried), strict=True)) == expected
     assert replaced == len(set(new.tolist()) - set(old.tolist()))
@@ -240,8 +240,8 @@ def test_carry_over_is_that_of_a_dictionary(old: Tensor, new: Tensor, dtype: tor
 
 def test_carry_over_prefers_the_master_over_the_rounded_weight() -> None:
     """A survivor's float32 master differs from its bf16 weight; taking the weight would round it at every refresh."""
-    weight = torch.full((2, 3), 1.0, dtype=torch.bfloat16)
+    current = torch.ones(2, dtype=torch.bfloat16)
     master = torch.tensor([1.001, 0.999])
     state = PrincipalState(master, torch.ones(2), torch.ones(2))
-    carried, _ = carry_over(torch.tensor([1, 4]).int(), state, torch.tensor([2, 4]).int(), weight)
+    carried, _ = carry_over(torch.tensor([1, 4]).int(), state, torch.tensor([2, 4]).int(), current)
     assert carried.master.tolist() == [1.0, master[1].item()]

@@ -63,9 +63,11 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
             if name not in managed and name != "model.norm.weight"
         )
     dense_moved = not torch.equal(after["model.norm.weight"], torch.ones_like(after["model.norm.weight"]))
-    reports = driver_of(engine).reports
+    driver = driver_of(engine)
+    reports = driver.reports
     engine.destroy()
     return {
+        "owned": driver.owned_by(dist.get_rank()),
         "outside": outside, "unwritten": unwritten, "frozen": frozen, "trained": trained, "dense_moved": dense_moved,
         "refreshes": [(r.step, r.matrices, r.churn) for r in reports],
     }  # fmt: skip
@@ -262,7 +264,9 @@ def refusals(folder: str) -> dict[str, str]:
     def not_finite() -> None:
         engine, model = start(2)
         engines.train(engine, "llama", range(1))
-        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+        if dist.get_rank() == 1:  # who owns the matrix or not: all ranks are to stop
+            for layer in require_attachment(model).layers.values():
+                layer.weight.data[3, 5] = float("nan")
         driver_of(engine)._refresh(3)
 
     for action in (unbound, foreign_optimizer, secondary_copies, other_model, nothing_saved, not_finite):
