@@ -44,4 +44,4 @@ test-slow: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m slow
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lift_out
+	rm -rf $(VENV) build dist *.egg-info lift_output
