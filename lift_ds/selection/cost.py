@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Leading terms of the operation counts (Golub and Van Loan, Matrix Computations, sections 8.3 and 8.6): symmetric
-#: eigendecomposition with vectors 9 s³, singular value decomposition with both factors 4 s² l + 22 s³.
-_EIGH, _SVD_LONG, _SVD_SHORT = 9, 4, 22
+#: Leading terms of the usual operation counts, s the shorter and l the longer side: symmetric eigendecomposition with
+#: vectors 9 s³, thin singular value decomposition with both factors 6 s² l + 20 s³. Not fitted to any machine.
+_EIGH, _SVD_LONG, _SVD_SHORT = 9, 6, 20
 
-#: Forming abs(W') and ranking it, per entry, in units of one operation of a matrix product; measured to be small.
+#: Forming abs(W') and ranking it, per entry, in units of one operation of a matrix product; a guess.
 _RANKING = 50
 
 
