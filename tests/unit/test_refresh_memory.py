@@ -97,9 +97,7 @@ def test_the_largest_tile_within_the_bound_is_taken() -> None:
 
 def test_a_bound_that_cannot_be_kept_is_refused_with_what_is_needed() -> None:
     config = lift_ds.LiftConfig(density=0.1, lra_rank=8, refresh_memory_gib=1e-6)
-    with pytest.raises(
-        ValueError, match=r"refresh_memory_gib=1e-06: refreshing model\.layers\.0.* needs at least 0\.0"
-    ):
+    with pytest.raises(ValueError, match=r"refresh_memory_gib=1e-06: refreshing model\.layers\.0.* needs at least \d"):
         lift_ds.attach(cases.small_llama(), config)
 
 
