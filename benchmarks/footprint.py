@@ -28,7 +28,7 @@ import deepspeed
 import formulas
 import torch
 from counting import Ledger, Window, bytes_by_category, walk_storages
-from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, categories, index_encoding, sizes
+from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, categories, sizes
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -126,8 +126,7 @@ def build_engine(case: Case) -> Any:
     model: Any = build_model(case)
     if case.method.startswith("lift"):
         block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
-        if has_placements():
-            block["index_placement"] = placement_of(case)
+        block["index_placement"] = placement_of(case)
         return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
     if case.method == "lora":
         model = get_peft_model(model, LoraConfig(r=case.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -139,14 +138,9 @@ def build_engine(case: Case) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))[0]
 
 
-def has_placements() -> bool:
-    """Tell whether LIFT's index can be sharded in ZeRO 1 and 2."""
-    return "index_placement" in {field.name for field in dataclasses.fields(lift_ds.LiftConfig)}
-
-
 def placement_of(case: Case) -> str:
     """Return where the index of a case lies in ZeRO 1 and 2."""
-    return "sharded" if case.method == "lift" and has_placements() else "replicated"
+    return "replicated" if case.method == "lift-replicated" else "sharded"
 
 
 def count(case: Case) -> Record:
@@ -208,7 +202,6 @@ def setting_of(case: Case, sizes_found: Record) -> formulas.Setting:
         trained=tuple(sizes_found["trained"]),
         unmanaged=sizes_found["unmanaged"],
         bucket=case.hidden**2,
-        encoding=index_encoding(),
         placement=placement_of(case),
         first_inputs=3 * case.hidden**2,
     )
@@ -346,11 +339,11 @@ def table(records: list[Record]) -> str:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """Return the configurations asked for; a replicated index is a case of its own where it can be sharded."""
+    """Return the configurations asked for; a replicated index is a case of its own where it could be sharded."""
     rank = args.rank or rank_for(args.density, args.hidden, args.intermediate)
     found = []
     for n, stage, method in itertools.product(args.ranks, args.stages, args.methods):
-        if method == "lift-replicated" and (stage not in (1, 2) or not has_placements()):
+        if method == "lift-replicated" and (stage not in (1, 2) or n == 1):
             continue
         found.append(
             Case(

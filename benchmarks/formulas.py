@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, TRAINED, UNMANAGED, WEIGHTS
 
-#: Bytes of a value in bf16, in fp32, of an index entry as int32 position.
-LOW, HIGH, POSITION = 2, 4, 4
+#: Bytes of a value in bf16 and in fp32.
+LOW, HIGH = 2, 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Setting:
         trained: elements of each trained parameter; for "lift" k of each matrix, in the order of `shapes`.
         unmanaged: U.
         bucket: elements of DeepSpeed's reduce bucket.
-        encoding: of the index, "int32" positions or "columns" (row counts and columns, 2 bytes each).
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
     """
@@ -39,7 +38,6 @@ class Setting:
     trained: tuple[int, ...]
     unmanaged: int = 0
     bucket: int = 0
-    encoding: str = "columns"
     placement: str = "sharded"
     first_inputs: int = 0
 
@@ -59,12 +57,25 @@ class Setting:
 
 
 def index_sizes(setting: Setting) -> list[int]:
-    """Return the bytes of each whole index: 4 k as positions; 2 k + 2 m, rounded up to 4, as row counts and columns."""
+    """Return the bytes of each whole index: m row counts and k columns of 2 bytes each, rounded up to 4."""
     if setting.method != "lift":
         return []
-    if setting.encoding == "int32":
-        return [POSITION * k for k in setting.trained]
     return [-(-(k + rows) // 2) * 4 for k, (rows, _) in zip(setting.trained, setting.shapes, strict=True)]
+
+
+def largest_partition(setting: Setting) -> int:
+    """Return the elements of all parameters that have a part in one partition of ZeRO 1 or 2; the most of any rank.
+
+    The parameters lie end to end in one flat buffer of N equal partitions, of an even number of elements each.
+    """
+    size = -(-setting.total_trained // (2 * setting.ranks)) * 2
+    found = [0] * setting.ranks
+    start = 0
+    for count in setting.trained:
+        for rank in range(start // size, (start + count - 1) // size + 1):
+            found[rank] += count
+        start += count
+    return max(found)
 
 
 def persistent(setting: Setting) -> dict[str, float]:
@@ -74,11 +85,12 @@ def persistent(setting: Setting) -> dict[str, float]:
         weights                   2          2                   2/N
         θ or adapters             2 d        2 d                 2 d/N         none in full fine-tuning
         gradients                 2 d        2 d/N               2 d/N         d = 1 in full fine-tuning; ZeRO-1 too
-        index, LIFT               2 d + 2/n  the same, or 1/N    (2 d + 2/n)/N with n columns; 4 d as int32 positions
+        index, LIFT               2 d + 2/n  1/N of it; or it    1/N of it     n columns; replicated or sharded
         master; moments           4 d; 8 d   4 d/N; 8 d/N        4 d/N; 8 d/N
         other                     -          -                   one reduce bucket
 
-    DeepSpeed copies gradients of ZeRO-1 too into the partition of their rank at the end of backward and drops the rest.
+    In ZeRO-1 as in 2 DeepSpeed holds after backward the gradients of a rank's own partition; of a parameter cut by the
+    border of a partition it holds all of it on both sides, which shows where parameters are few.
 
     Args:
         setting: the run.
@@ -102,9 +114,9 @@ def persistent(setting: Setting) -> dict[str, float]:
         found[WEIGHTS] = LOW * setting.managed
         found[UNMANAGED] = LOW * setting.unmanaged
         found[TRAINED] = LOW * trained
-        found[GRADIENTS] = LOW * shard
+        found[GRADIENTS] = LOW * (trained if setting.stage == 0 else largest_partition(setting))
         sharded = setting.stage > 0 and setting.placement == "sharded"
-        found[INDEX] = sum(index_sizes(setting)) / (n if sharded else 1)
+        found[INDEX] = setting.share(index_sizes(setting)) if sharded else sum(index_sizes(setting))
     found[MASTER] = HIGH * shard
     found[MOMENTS] = 2 * HIGH * shard
     if setting.method == "full":
@@ -123,10 +135,10 @@ def network_step(setting: Setting) -> dict[str, float]:
         index, sharded            -          2 d + 2/n             2 d + 2/n     all_gather, once, in backward
         θ and index, write-back   -          -                     2 d + the index
 
-    d = 1 in full fine-tuning, whose values are its weights. As int32 positions an index has 4 d and in ZeRO-3 θ and
-    index are fetched with their layer, forward and backward. LoRA needs no weight in backward whose input needs no
-    gradient (query, key, value of the first layer). Of the unmanaged parameters in ZeRO-3 all are fetched forward, and
-    backward all but the input embeddings. A single rank gathers nothing; DeepSpeed reduces all the same.
+    d = 1 in full fine-tuning, whose values are its weights; a replicated index is not gathered. LoRA needs no weight in
+    backward whose input needs no gradient (query, key, value of the first layer). Of the unmanaged parameters in ZeRO-3
+    all are fetched forward, and backward about half: the head, not the embeddings. A single rank gathers nothing;
+    DeepSpeed reduces all the same.
 
     Args:
         setting: the run.
@@ -141,7 +153,7 @@ def network_step(setting: Setting) -> dict[str, float]:
         if setting.stage > 0 and n > 1:
             found["all_gather"] = LOW * trained
             if setting.placement == "sharded":
-                found["all_gather"] += sum(index_sizes(setting))
+                found["all_gather"] += setting.share(index_sizes(setting)) * n
         return found
     if n == 1:
         return {"reduce_scatter": float(gradients)}
@@ -149,8 +161,6 @@ def network_step(setting: Setting) -> dict[str, float]:
     gathered = 2 * LOW * setting.managed + 1.5 * LOW * setting.unmanaged
     if setting.method == "lora":
         gathered += 2 * values - LOW * setting.first_inputs
-    elif setting.method == "lift" and setting.encoding == "int32":
-        gathered += 3 * (values + index)
     elif setting.method == "lift":
         gathered += values + 2 * index
     return {"all_gather": float(gathered), "reduce_scatter": float(gradients)}
@@ -163,7 +173,8 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         weights to their owner    -                       2             gather
         new index                 the index               the index     broadcast by the owner
         new weights there         -                       2 d           broadcast by the owner
-        old state                 3 * 4 d all_reduce      3 * 4 d + the old index, all_gather
+        old index                 it, where sharded       the index     all_gather
+        old state                 3 * 4 d all_reduce      3 * 4 d       all_gather
 
     Args:
         setting: a run of LIFT.
@@ -175,9 +186,13 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         return {}
     trained, index = setting.total_trained, sum(index_sizes(setting))
     states = 3.0 * HIGH * trained
+    gathered = float(setting.share(index_sizes(setting)) * setting.ranks) if setting.ranks > 1 else 0.0
     if setting.stage < 3:
-        return {"broadcast": float(index), "all_reduce": states}
-    found = {"broadcast": index + LOW * trained, "all_gather": states + index}
+        found = {"broadcast": float(index), "all_reduce": states}
+        if setting.placement == "sharded":
+            found["all_gather"] = gathered
+        return found
+    found = {"broadcast": float(index + LOW * trained), "all_gather": states + gathered}
     if setting.ranks > 1:
-        found["gather"] = LOW * setting.managed
+        found["gather"] = float(LOW * setting.managed)
     return found

@@ -36,19 +36,16 @@ def managed_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if _MANAGED.search(name)}
 
 
-def index_tensors(model: nn.Module) -> list[Any]:
-    """Return what holds the principal indices on this rank; none without LIFT."""
-    return [layer.principal_index for _, layer in principal_layers(model)]
+def index_parameters(model: nn.Module) -> list[Any]:
+    """Return the parameters that are the principal indices; none without LIFT."""
+    return [layer.principal.index.words for _, layer in principal_layers(model)]
 
 
-def index_placement(model: nn.Module) -> str:
-    """Tell where ZeRO 0 to 2 hold the index: "replicated" or "sharded"."""
-    return "replicated"
-
-
-def index_encoding() -> str:
-    """Tell how an index is stored: "int32" positions, or "columns", row counts and columns of 2 bytes each."""
-    return "int32"
+def index_shards(engine: Any) -> list[Tensor]:
+    """Return what holds this rank's part of the indices where ZeRO 1 and 2 shard them."""
+    driver = getattr(engine.optimizer, "driver", None)
+    sharded = getattr(driver.store, "_index", None) if driver is not None else None
+    return [] if sharded is None else list(sharded._shards.values())
 
 
 def trained_apart(model: nn.Module) -> list[Any]:
@@ -60,7 +57,7 @@ def trained_apart(model: nn.Module) -> list[Any]:
 def categories(engine: Any) -> list[tuple[str, list[Tensor]]]:
     """Return (category, its tensors) of an engine's run on this rank, the first claim of a storage being valid."""
     model, wrapper = engine.module, engine.optimizer
-    managed, indices, trained = managed_weights(model).values(), index_tensors(model), trained_apart(model)
+    managed, indices, trained = managed_weights(model).values(), index_parameters(model), trained_apart(model)
     claimed = {id(parameter) for parameter in (*managed, *indices, *trained)}
     unmanaged = [parameter for parameter in model.parameters() if id(parameter) not in claimed]
     masters = list(_held(wrapper, _MASTERS))
@@ -68,7 +65,7 @@ def categories(engine: Any) -> list[tuple[str, list[Tensor]]]:
     gradients += [p.grad_accum for p in model.parameters() if getattr(p, "grad_accum", None) is not None]
     return [
         (WEIGHTS, _stored(managed)),
-        (INDEX, _stored(indices)),
+        (INDEX, [*_stored(indices), *index_shards(engine)]),
         (TRAINED, _stored(trained)),
         (UNMANAGED, _stored(unmanaged)),
         (MASTER, masters),
@@ -103,5 +100,5 @@ def sizes(model: nn.Module) -> tuple[list[tuple[int, int]], list[int], int]:
     managed = managed_weights(model)
     shapes = [(logical_shape(p)[0], logical_shape(p)[1]) for p in managed.values()]
     trained = [logical_shape(p).numel() for p in model.parameters() if p.requires_grad]
-    known = {id(p) for p in (*managed.values(), *trained_apart(model), *index_tensors(model))}
+    known = {id(p) for p in (*managed.values(), *trained_apart(model), *index_parameters(model))}
     return shapes, trained, sum(logical_shape(p).numel() for p in model.parameters() if id(p) not in known)

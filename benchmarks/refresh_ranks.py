@@ -110,7 +110,7 @@ def _shape(case: Case, layer: int) -> tuple[int, int]:
 
 
 def _step(engine: Any, case: Case) -> float:
-    """One optimizer step and its refresh; returns the processor time they took, which other processes do not stretch."""
+    """One optimizer step and its refresh; returns the processor time of this rank it took."""
     engine.backward(engine(torch.randn(8, case.columns, dtype=torch.bfloat16)))
     start = time.process_time()
     engine.step()
@@ -173,7 +173,8 @@ def table(records: list[Record], cores: int) -> str:
         return " ".join(f"{value:.{digits}f}" for value in values)
 
     rows = [
-        f"{'':16}{'refresh, s':>11}  {'selection, s, by rank':24}{'processor, s, by rank':24}{'work by rank':24}{'weights received, of the model'}"
+        f"{'':16}{'refresh, s':>11}  {'selection, s, by rank':24}"
+        f"{'processor, s, by rank':24}{'work by rank':24}{'weights received, of the model'}"
     ]
     for record in records:
         timed = record["ranks"] <= cores
@@ -181,7 +182,8 @@ def table(records: list[Record], cores: int) -> str:
         selection = each(record["selection_seconds"], 2) if timed else "-"
         rows.append(
             f"ZeRO-{record['stage']} {record['ranks']} ranks  {seconds:>11}  {selection:24}"
-            f"{each(record['cpu_seconds'], 2):24}{each(record['work_of_rank'], 3):24}{each(record['weights_received'], 3)}"
+            f"{each(record['cpu_seconds'], 2):24}{each(record['work_of_rank'], 3):24}"
+            f"{each(record['weights_received'], 3)}"
         )
     return "\n".join(rows)
 
