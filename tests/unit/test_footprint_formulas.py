@@ -1,4 +1,5 @@
-"""Pins the formulas of benchmarks/footprint.py to the figures of the design: bytes per managed parameter at N = 8.
+"""Pins the formulas of benchmarks/footprint.py to the figures of the design, bytes per managed parameter at N = 8; and
+that its ledger counts storages, once each and for as long as they live.
 
 One large matrix stands for the model, so that row counts and padding do not show; a density of 5%.
 """
@@ -9,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import formulas
-from counting import ring_share
+from counting import Ledger, ring_share
 
 ROWS = COLUMNS = 32000
 MANAGED = ROWS * COLUMNS
@@ -71,3 +73,21 @@ def test_a_ring_over_one_rank_passes_nothing() -> None:
 
 def test_a_ring_passes_a_reduced_tensor_twice() -> None:
     assert ring_share("all_reduce", 4) == 2 * ring_share("reduce_scatter", 4) == 1.5
+
+
+def test_the_ledger_counts_storages_while_they_live() -> None:
+    with Ledger(ranks=1) as ledger:
+        kept = torch.zeros(1000)
+        before = ledger.live_bytes
+        with ledger.window() as window:
+            passing = torch.zeros(2000)
+            view = passing[10:].view(-1)  # shares its storage
+            assert ledger.live_bytes == before + 8000
+            del passing
+            assert ledger.live_bytes == before + 8000
+            del view
+            after = torch.ones(500)
+        assert window.peak_bytes == 8000
+        assert ledger.live_bytes == before + after.nbytes
+        kept.set_()  # type: ignore[call-overload]
+        assert ledger.live_bytes == after.nbytes
