@@ -118,9 +118,8 @@ def partitioned_loading(folder: str) -> dict[str, Any]:
     assert partitioned.lm_head.weight.shape == (0,), "the model did not load partitioned"
     lift_ds.attach(partitioned, SETTINGS)
     found = engines.whole_indices(partitioned)
-    held = sum(
-        layer.principal.index.words.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values()
-    )
+    indices = [layer.principal.index for layer in require_attachment(partitioned).layers.values()]
+    held, words = sum(i.words.ds_tensor.numel() for i in indices), sum(i.word_count() for i in indices)
     engine, _ = start(3, model=partitioned)
     losses = engines.train(engine, "llama", range(7))
     engine.destroy()
