@@ -180,16 +180,17 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         setting: a run of LIFT.
 
     Returns:
-        Kind -> bytes; kinds without any are absent. Nothing in ZeRO-0, where every rank selects alike.
+        Kind -> bytes; kinds without any are absent. Nothing in ZeRO-0, where every rank selects alike. A single rank
+        passes most of this through its collectives too, of which nothing crosses a network.
     """
     if setting.stage == 0:
         return {}
     trained, index = setting.total_trained, sum(index_sizes(setting))
     states = 3.0 * HIGH * trained
-    gathered = float(setting.share(index_sizes(setting)) * setting.ranks) if setting.ranks > 1 else 0.0
+    gathered = float(setting.share(index_sizes(setting)) * setting.ranks)
     if setting.stage < 3:
         found = {"broadcast": float(index), "all_reduce": states}
-        if setting.placement == "sharded":
+        if setting.placement == "sharded" and setting.ranks > 1:
             found["all_gather"] = gathered
         return found
     found = {"broadcast": float(index + LOW * trained), "all_gather": states + gathered}

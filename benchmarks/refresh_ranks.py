@@ -160,6 +160,8 @@ def budgets(records: list[Record], cores: int) -> list[Record]:
         if single and n == 2 and cores >= 2:
             ratio = record["seconds"]["median"] / single["seconds"]["median"]
             judge(f"seconds <= {TIME_BUDGET} of one rank's", record, ratio, TIME_BUDGET)
+            ratio = max(record["cpu_seconds"]) / single["cpu_seconds"][0]
+            judge(f"processor time <= {TIME_BUDGET} of it", record, ratio, TIME_BUDGET)
         judge("work <= 1/N + one matrix", record, max(record["work_of_rank"]), 1 / n + record["one_matrix"])
         if record["stage"] == 3:
             judge(f"weights received <= {BYTES_BUDGET}/N", record, max(record["weights_received"]), BYTES_BUDGET / n)
