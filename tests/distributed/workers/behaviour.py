@@ -67,7 +67,7 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
     reports = driver.reports
     engine.destroy()
     return {
-        "owned": driver.owned_by(dist.get_rank()),
+        "owned": driver.plan.jobs[dist.get_rank()],
         "outside": outside, "unwritten": unwritten, "frozen": frozen, "trained": trained, "dense_moved": dense_moved,
         "refreshes": [(r.step, r.matrices, r.churn) for r in reports],
     }  # fmt: skip
