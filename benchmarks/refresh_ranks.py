@@ -78,13 +78,14 @@ def run(case: Case) -> Record:
         name: selection_cost(*_shape(case, layer), case.lra_rank, driver.attachment.config.solver)
         for layer, name in enumerate(driver.attachment.layers)
     }
+    own = driver.plan.jobs[dist.get_rank()]
     return {
         "seconds": [report.seconds for report in driver.reports[1:-1]],
         "selection_seconds": [report.selection_seconds[dist.get_rank()] for report in driver.reports[1:-1]],
         "cpu_seconds": cpu_seconds[1:],
         "churn": driver.reports[-1].churn,
-        "matrices": len(driver.owned_by(dist.get_rank())),
-        "work": sum(costs[name] for name in driver.owned_by(dist.get_rank())) / sum(costs.values()),
+        "matrices": len(own),
+        "work": sum(costs[name] for name in own) / sum(costs.values()),
         "one_matrix": max(costs.values()) / sum(costs.values()),
         "weight_bytes_received": window.received["gather"],
         "model_bytes": 2 * case.matrices * case.rows * case.columns,
