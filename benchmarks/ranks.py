@@ -52,6 +52,9 @@ def run_on_ranks(job: Callable[..., Results], ranks: int, *arguments: Any, limit
         for process in processes:
             process.start()
         _wait(processes, limit)
+        # DeepSpeed leaves the shared memory of its ranks behind, named by address and port.
+        for segment in Path("/dev/shm").glob(f"deepspeed_*_localhost_{os.getpid()}_*"):
+            segment.unlink(missing_ok=True)
         logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
         for process, log in zip(processes, logs, strict=True):
             if process.exitcode != 0:
@@ -84,7 +87,7 @@ def _rank(job: Callable[..., Results], rank: int, ranks: int, folder: str, argum
     os.dup2(log, sys.stderr.fileno())
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(os.getppid()),
     }  # fmt: skip
     torch.set_num_threads(1)
     deepspeed.init_distributed(
