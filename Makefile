@@ -1,5 +1,6 @@
 # make setup   install into .venv          make train   the main job, small and offline, on two ranks
 # make test    lint, types, every test     make test-slow   the longer checks
+# make footprint   memory and network of full fine-tuning, LoRA and LIFT, counted; a refresh on several ranks
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test test-slow lint clean
+.PHONY: setup train test test-slow footprint lint clean
 
 setup: $(STAMP)
 
@@ -42,6 +43,10 @@ test: lint
 
 test-slow: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m slow
+
+footprint: $(STAMP)
+	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python benchmarks/refresh_ranks.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info lift_output

@@ -1,0 +1,421 @@
+"""Memory and network of full fine-tuning, LoRA and LIFT on ZeRO 0 to 3: counted, beside what formulas say.
+
+    python benchmarks/footprint.py                      # every method, stage and 1, 2, 4 ranks; about ten minutes
+    python benchmarks/footprint.py --stages 2 --ranks 2
+
+All methods train the same matrices of a small Llama in bf16 (embeddings, norms and head are frozen, and listed apart);
+LoRA and LIFT train equally many numbers. Figures are bytes per parameter of the managed matrices and rank. Every
+configuration runs in fresh processes, and is counted in its third step (ZeRO-3 records the order of its fetches in the
+first two); a fourth step of LIFT has a refresh. Exit code 1 when a count is off its formula or a budget is exceeded.
+
+The peak is one without activation checkpointing, where activations are most of it. LoRA keeps r numbers per token and
+matrix more, LIFT its index: LIFT's peak is the lower one from about (m + n)/N tokens per rank and step on. With
+activation checkpointing (ZeRO-2, two ranks, as many tokens) LIFT's came out 1% above LoRA's, by the index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
+import deepspeed
+import formulas
+import torch
+from counting import Ledger, Window, bytes_by_category, walk_storages
+from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, categories, sizes
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lift_ds
+
+METHODS = ("full", "lora", "lift", "lift-replicated")
+#: Kinds of collectives in the order of the table.
+KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "gather")
+
+#: A count may be off its formula by this share; where the formula has nothing, by these bytes per managed parameter
+#: (scalars such as step counts, norms and the token batch).
+TOLERANCE, NOTHING = 0.02, 0.005
+
+#: Steps before the one that is counted.
+_WARM_UP = 2
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration; the sizes are those of the model, `rank` of the LoRA, and the budget rank of LIFT."""
+
+    method: str
+    stage: int
+    ranks: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    rank: int
+    batch: int
+    sequence: int
+
+    def __str__(self) -> str:
+        return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
+
+
+def matrix_shapes(hidden: int, intermediate: int) -> list[tuple[int, int]]:
+    """Return the shapes of the managed matrices of one layer."""
+    return [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+
+
+def rank_for(density: float, hidden: int, intermediate: int) -> int:
+    """Return the rank of the LoRA that trains nearest to that share of the managed matrices."""
+    shapes = matrix_shapes(hidden, intermediate)
+    return max(1, round(density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)))
+
+
+def build_model(case: Case) -> nn.Module:
+    """Build a Llama in bf16, the same on every rank."""
+    torch.manual_seed(1)
+    heads = max(1, case.hidden // 64)
+    config = LlamaConfig(
+        vocab_size=case.vocabulary,
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=case.sequence,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def ds_config(case: Case) -> Record:
+    """A DeepSpeed configuration whose buckets follow the width, and whose ZeRO-3 lets go of a layer after its use.
+
+    With DeepSpeed's own thresholds a model as small as this would stay gathered from forward to backward.
+    """
+    zero: Record = {"stage": case.stage, "reduce_bucket_size": case.hidden**2, "allgather_bucket_size": case.hidden**2}
+    if case.stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": case.batch,
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def build_engine(case: Case) -> Any:
+    """Build the engine of a method."""
+    model: Any = build_model(case)
+    if case.method.startswith("lift"):
+        block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
+        block["index_placement"] = placement_of(case)
+        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
+    if case.method == "lora":
+        model = get_peft_model(model, LoraConfig(r=case.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("_proj.weight"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))[0]
+
+
+def placement_of(case: Case) -> str:
+    """Return where the index of a case lies in ZeRO 1 and 2."""
+    return "replicated" if case.method == "lift-replicated" else "sharded"
+
+
+def count(case: Case) -> Record:
+    """Train a few steps on this rank and count; runs on every rank of the case."""
+    with Ledger(case.ranks) as ledger:
+        engine = build_engine(case)
+        shapes, trained, unmanaged = sizes(engine.module)
+        for _ in range(_WARM_UP):
+            _step(engine, case, ledger)
+        window, held = _step(engine, case, ledger)
+        between = _holdings(engine, ledger)
+        walked = sum(storage.nbytes() for storage in walk_storages())
+        found: Record = {
+            "shapes": shapes, "trained": trained, "unmanaged": unmanaged,
+            "persistent": between | {GRADIENTS: held[GRADIENTS]},
+            "start": window.start_bytes, "unseen_by_walk": ledger.live_bytes - walked, "step": _as_json(window),
+        }  # fmt: skip
+        if case.method.startswith("lift"):
+            found["refresh"] = _as_json(_step(engine, case, ledger)[0])
+    return found
+
+
+def _step(engine: Any, case: Case, ledger: Ledger) -> tuple[Window, dict[str, int]]:
+    """One optimizer step; returns what was counted, and what was held between backward and step by category."""
+    tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence))
+    with ledger.window() as window:
+        ledger.phase = "forward"
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        ledger.phase = "backward"
+        engine.backward(loss)
+        del loss
+        held = _holdings(engine, ledger)
+        ledger.phase = "step"
+        engine.step()
+    return window, held
+
+
+def _holdings(engine: Any, ledger: Ledger) -> dict[str, int]:
+    return bytes_by_category([*walk_storages(), *ledger.live_storages()], categories(engine), OTHER)
+
+
+def _as_json(window: Window) -> Record:
+    return {
+        "peak": window.peak_bytes,
+        "peak_origins": window.largest_origins(),
+        "logical": window.logical,
+        "received": window.received,
+        "calls": window.calls,
+    }
+
+
+def setting_of(case: Case, sizes_found: Record) -> formulas.Setting:
+    """Return what the formulas need to know about a case."""
+    return formulas.Setting(
+        method="lift" if case.method.startswith("lift") else case.method,
+        stage=case.stage,
+        ranks=case.ranks,
+        shapes=tuple((rows, columns) for rows, columns in sizes_found["shapes"]),
+        trained=tuple(sizes_found["trained"]),
+        unmanaged=sizes_found["unmanaged"],
+        bucket=case.hidden**2,
+        placement=placement_of(case),
+        first_inputs=3 * case.hidden**2,
+    )
+
+
+def summarise(case: Case, found: list[Record]) -> Record:
+    """Turn the counts of all ranks into bytes per managed parameter, each beside its formula.
+
+    Args:
+        case: the configuration.
+        found: what `count` returned on each rank; memory is that of the rank that holds most.
+    """
+    setting = setting_of(case, found[0])
+    managed = setting.managed
+
+    def worst(*path: str) -> float:
+        values = []
+        for rank in found:
+            value: Any = rank
+            for key in path:
+                value = value.get(key, 0)
+            values.append(value)
+        return max(values) / managed
+
+    def beside(counted: dict[str, float], formula: dict[str, float]) -> Record:
+        return {
+            key: {"counted": counted.get(key, 0.0), "formula": formula.get(key, 0.0) / managed}
+            for key in sorted(counted.keys() | formula.keys())
+        }
+
+    def kinds(part: str, figure: str) -> dict[str, float]:
+        return {kind: worst(part, figure, kind) for kind in found[0][part][figure]}
+
+    memory = {category: worst("persistent", category) for category in CATEGORIES}
+    record: Record = {
+        **dataclasses.asdict(case),
+        "density": setting.total_trained / managed,
+        "managed_parameters": managed,
+        "persistent": beside(memory, formulas.persistent(setting)),
+        "persistent_total": sum(memory.values()),
+        "unseen_by_walk": worst("unseen_by_walk"),
+        "transient_peak": worst("step", "peak"),
+        "peak": max((rank["start"] + rank["step"]["peak"]) / managed for rank in found),
+        "peak_origins": {origin: size / managed for origin, size in found[0]["step"]["peak_origins"].items()},
+        "network": beside(kinds("step", "logical"), formulas.network_step(setting)),
+        "network_received": {
+            kind: sum(rank["step"]["received"].get(kind, 0) for rank in found) / len(found) / managed
+            for kind in found[0]["step"]["received"]
+        },
+        "network_calls": found[0]["step"]["calls"],
+    }
+    record["network_total"] = sum(entry["counted"] for entry in record["network"].values())
+    record["network_received_total"] = sum(record["network_received"].values())
+    if "refresh" in found[0]:
+        both = {kind: worst("refresh", "logical", kind) for kind in found[0]["refresh"]["logical"]}
+        extra = {kind: size - worst("step", "logical", kind) for kind, size in both.items()}
+        record["refresh_network"] = beside(extra, formulas.network_refresh(setting))
+        record["refresh_network_total"] = sum(extra.values())
+        record["refresh_transient_peak"] = worst("refresh", "peak")
+    return record
+
+
+def deviations(record: Record) -> list[str]:
+    """Return a line for every count of a record that is off its formula."""
+    lines = []
+    for part in ("persistent", "network", "refresh_network"):
+        for key, entry in record.get(part, {}).items():
+            allowed = max(TOLERANCE * entry["formula"], NOTHING if entry["formula"] < NOTHING else 0.0)
+            if abs(entry["counted"] - entry["formula"]) > allowed:
+                where = f"{record['method']} ZeRO-{record['stage']} {record['ranks']} ranks, {part} {key}"
+                lines.append(f"{where}: counted {entry['counted']:.4f}, formula {entry['formula']:.4f}")
+    return lines
+
+
+def budgets(records: list[Record]) -> list[Record]:
+    """Judge the budgets that the measured configurations allow to judge.
+
+    They are stated for a density of 5%; above that they scale with it.
+    """
+    by_case = {(r["method"], r["stage"], r["ranks"]): r for r in records}
+    found: list[Record] = []
+
+    def judge(name: str, record: Record, value: float, limit: float) -> None:
+        where = f"ZeRO-{record['stage']}, {record['ranks']} ranks, {record['method']}"
+        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit})
+
+    for (method, stage, n), lift in by_case.items():
+        if not method.startswith("lift"):
+            continue
+        scale = max(1.0, lift["density"] / 0.05)
+        counted = {category: entry["counted"] for category, entry in lift["persistent"].items()}
+        full, lora = by_case.get(("full", stage, n)), by_case.get(("lora", stage, n))
+        if stage == 3 or (stage in (1, 2) and method == "lift"):
+            judge("index <= 0.12/N", lift, counted[INDEX], 0.12 / n * scale)
+        if stage > 0:
+            judge("master and moments <= 0.6/N", lift, counted[MASTER] + counted[MOMENTS], 0.6 / n * scale)
+        if full and n > 1 and stage > 0:
+            share = lift["network_total"] / full["network_total"]
+            if stage == 3:
+                judge("network <= 0.75 of full", lift, share, 0.75)
+            elif method == "lift":
+                judge("network <= 1/12 of full", lift, share, scale / 12)
+            else:
+                judge("network <= 1/18 of full", lift, share, scale / 18)
+        if lora and stage == 2 and n == 4 and method == "lift":
+            more = lift["persistent_total"] - lora["persistent_total"]
+            judge("persistent within 0.15/N of LoRA", lift, more, 0.15 / n * scale)
+            judge("peak of a step below LoRA's", lift, lift["peak"], lora["peak"])
+    return found
+
+
+def table(records: list[Record]) -> str:
+    """Return one table: a row per configuration, counted bytes per managed parameter and rank, the formula below."""
+    memory = ("weights", "trained", "grads", "index", "master", "moments", "other", "total")
+    network = ("all_red", "red_sc", "all_gat", "step", "receive", "refresh")
+    head = [f"{'bytes per managed parameter':29}", *(f"{name:>7}" for name in memory)]
+    head += [f"{'+peak':>7} {'peak':>7} |", *(f"{name:>7}" for name in network)]
+    rows = [" ".join(head)]
+    for r in records:
+        for figure in ("counted", "formula"):
+            name = f"{r['method']:15} ZeRO-{r['stage']} N={r['ranks']}" if figure == "counted" else "   formula"
+            held = {key: entry[figure] for key, entry in r["persistent"].items()}
+            held[OTHER] += held.pop("unmanaged")
+            order = ("weights", "trained apart", GRADIENTS, INDEX, MASTER, MOMENTS, OTHER)
+            cells = [held[key] for key in order] + [sum(held.values())]
+            sent = {key: entry[figure] for key, entry in r["network"].items()}
+            refresh = sum(entry[figure] for entry in r.get("refresh_network", {}).values())
+            line = f"{name:29} " + " ".join(f"{value:7.4f}" for value in cells)
+            line += f" {r['transient_peak']:7.4f} {r['peak']:7.4f} |" if figure == "counted" else " " * 16 + " |"
+            values = [sent.get(kind, 0.0) for kind in KINDS[:3]] + [sum(sent.values())]
+            line += "".join(f" {value:7.4f}" for value in values)
+            line += f" {r['network_received_total']:7.4f}" if figure == "counted" else " " * 8
+            rows.append((line + (f" {refresh:7.4f}" if refresh else "")).rstrip())
+    return "\n".join(rows)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    """Return the configurations asked for; a replicated index is a case of its own where it could be sharded."""
+    rank = args.rank or rank_for(args.density, args.hidden, args.intermediate)
+    found = []
+    for n, stage, method in itertools.product(args.ranks, args.stages, args.methods):
+        if method == "lift-replicated" and (stage not in (1, 2) or n == 1):
+            continue
+        found.append(
+            Case(
+                method, stage, n, args.hidden, args.intermediate, args.layers, args.vocabulary, rank, args.batch,
+                args.sequence,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _list_of(kind: Callable[[str], Any], allowed: tuple[Any, ...] | None = None) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",")]
+        for value in values:
+            if allowed is not None and value not in allowed:
+                raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(map(str, allowed))}")
+        return values
+
+    return parse
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", type=_list_of(str, METHODS), default=list(METHODS), help="comma-separated")
+    parser.add_argument("--stages", type=_list_of(int, (0, 1, 2, 3)), default=[0, 1, 2, 3])
+    parser.add_argument("--ranks", type=_list_of(int), default=[1, 2, 4])
+    parser.add_argument("--density", type=float, default=0.05, help="share of the managed matrices that is trained")
+    parser.add_argument("--rank", type=int, help="rank of the LoRA and budget rank of LIFT, in place of --density")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--intermediate", type=int, default=656)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=2, help="sequences per rank and step")
+    parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "footprint.json")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every configuration, print the table, write the JSON; 1 when a count or a budget is missed."""
+    args = parse_arguments(arguments)
+    records, off = [], []
+    for case in cases(args):
+        start = time.perf_counter()
+        records.append(summarise(case, on_ranks.run_on_ranks(count, case.ranks, case)))
+        off += (lines := deviations(records[-1]))
+        state = "; ".join(lines) if lines else "agrees"
+        print(f"{case}  {time.perf_counter() - start:5.1f} s  {state}", flush=True)
+    print(table(records))
+    judged = budgets(records)
+    for entry in judged:
+        verdict = "pass" if entry["pass"] else "FAIL"
+        print(f"{verdict}  {entry['budget']:36} {entry['where']:36} {entry['value']:.4f} of {entry['limit']:.4f}")
+    for line in off:
+        print(f"OFF   {line}")
+    on_ranks.write_results(
+        args.output,
+        {
+            "arguments": {**vars(args), "output": args.output.name},
+            "units": "bytes per parameter of the managed matrices and rank; network: logical bytes of the collectives",
+            "records": records,
+            "budgets": judged,
+            "deviations": off,
+        },
+    )
+    return 1 if off or not all(entry["pass"] for entry in judged) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""How a refresh spreads over ranks: wall time on one and on several, the work of each rank, the weights it receives.
+
+    python benchmarks/refresh_ranks.py                  # ZeRO-2 and 3 on 1 and 2 ranks, and the shares on 4
+
+Ranks have one thread each on the same machine, as real ones have one device each, so it needs as many idle cores as
+ranks; runs of one and more ranks alternate, and medians are compared. Processor time, of the step and its refresh, is
+given beside: what else runs on the machine stretches it less. Beyond the machine's cores only shares and bytes
+are reported, no times. Exit code 1 when a budget is exceeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
+import torch
+import torch.distributed as dist
+from counting import Ledger
+from torch import Tensor, nn
+
+import lift_ds
+from lift_ds.selection import selection_cost
+
+#: Wall time on two ranks against one; weight bytes a rank receives against an N-th of the model.
+TIME_BUDGET, BYTES_BUDGET = 0.65, 1.2
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `refreshes` are timed after a first one, and one more is counted."""
+
+    stage: int
+    ranks: int
+    matrices: int
+    rows: int
+    columns: int
+    lra_rank: int
+    budget_rank: int
+    refreshes: int
+
+
+class Chain(nn.Module):
+    """Linear layers one after the other, [rows, columns] and [columns, rows] in turn."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        sides = [case.columns if layer % 2 == 0 else case.rows for layer in range(case.matrices + 1)]
+        self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for n, m in pairwise(sides))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.silu(layer(x))
+        return x.float().square().mean()
+
+
+def run(case: Case) -> Record:
+    """Train a few steps, each with a refresh, on this rank."""
+    torch.manual_seed(1)
+    engine = lift_ds.initialize(model=Chain(case).to(torch.bfloat16), config=_config(case))[0]
+    cpu_seconds = [_step(engine, case) for _ in range(1 + case.refreshes)]
+    with Ledger(case.ranks) as ledger, ledger.window() as window:
+        _step(engine, case)
+    driver = engine.optimizer.driver
+    costs = {
+        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.attachment.config.solver)
+        for layer, name in enumerate(driver.attachment.layers)
+    }
+    own = driver.plan.jobs[dist.get_rank()]
+    return {
+        "seconds": [report.seconds for report in driver.reports[1:-1]],
+        "selection_seconds": [report.selection_seconds[dist.get_rank()] for report in driver.reports[1:-1]],
+        "cpu_seconds": cpu_seconds[1:],
+        "churn": driver.reports[-1].churn,
+        "matrices": len(own),
+        "work": sum(costs[name] for name in own) / sum(costs.values()),
+        "one_matrix": max(costs.values()) / sum(costs.values()),
+        "weight_bytes_received": window.received["gather"],
+        "model_bytes": 2 * case.matrices * case.rows * case.columns,
+    }
+
+
+def _config(case: Case) -> Record:
+    zero: Record = {"stage": case.stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
+    if case.stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},
+        "steps_per_print": 10**9,
+        "lift": {"budget_rank": case.budget_rank, "lra_rank": case.lra_rank, "refresh_interval": 1, "solver": "auto"},
+    }
+
+
+def _shape(case: Case, layer: int) -> tuple[int, int]:
+    return (case.rows, case.columns) if layer % 2 == 0 else (case.columns, case.rows)
+
+
+def _step(engine: Any, case: Case) -> float:
+    """One optimizer step and its refresh; returns the processor time of this rank it took."""
+    engine.backward(engine(torch.randn(8, case.columns, dtype=torch.bfloat16)))
+    start = time.process_time()
+    engine.step()
+    return time.process_time() - start
+
+
+def summarise(case: Case, runs: list[list[Record]]) -> Record:
+    """Put the repeated runs of one case together.
+
+    Args:
+        case: the case.
+        runs: of each run what the ranks returned.
+    """
+    per_rank = [[run[rank] for run in runs] for rank in range(case.ranks)]
+    # A refresh takes as long as on the rank that is done last.
+    seconds = [max(times) for run in runs for times in zip(*(rank["seconds"] for rank in run), strict=True)]
+    return {
+        **asdict(case),
+        "seconds": {"median": statistics.median(seconds), "all": seconds},
+        "selection_seconds": _medians(per_rank, "selection_seconds"),
+        "cpu_seconds": _medians(per_rank, "cpu_seconds"),
+        "matrices_of_rank": [rank[0]["matrices"] for rank in per_rank],
+        "work_of_rank": [rank[0]["work"] for rank in per_rank],
+        "one_matrix": per_rank[0][0]["one_matrix"],
+        "weights_received": [rank[0]["weight_bytes_received"] / rank[0]["model_bytes"] for rank in per_rank],
+        "churn": runs[0][0]["churn"],
+    }
+
+
+def _medians(per_rank: list[list[Record]], key: str) -> list[float]:
+    return [statistics.median([second for run in rank for second in run[key]]) for rank in per_rank]
+
+
+def budgets(records: list[Record], cores: int) -> list[Record]:
+    """Judge time on two ranks, the most loaded rank's work, and in ZeRO-3 the weights a rank receives."""
+    alone = {record["stage"]: record for record in records if record["ranks"] == 1}
+    found: list[Record] = []
+
+    def judge(name: str, record: Record, value: float, limit: float) -> None:
+        where = f"ZeRO-{record['stage']}, {record['ranks']} ranks"
+        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit + 1e-9})
+
+    for record in records:
+        n, single = record["ranks"], alone.get(record["stage"])
+        if n == 1:
+            continue
+        if single and n == 2 and cores >= 2:
+            ratio = record["seconds"]["median"] / single["seconds"]["median"]
+            judge(f"seconds <= {TIME_BUDGET} of one rank's", record, ratio, TIME_BUDGET)
+            ratio = max(record["cpu_seconds"]) / single["cpu_seconds"][0]
+            judge(f"processor time <= {TIME_BUDGET} of it", record, ratio, TIME_BUDGET)
+        judge("work <= 1/N + one matrix", record, max(record["work_of_rank"]), 1 / n + record["one_matrix"])
+        if record["stage"] == 3:
+            judge(f"weights received <= {BYTES_BUDGET}/N", record, max(record["weights_received"]), BYTES_BUDGET / n)
+    return found
+
+
+def table(records: list[Record], cores: int) -> str:
+    """Return a row per case: seconds, and of each rank its seconds, share of the work and of the weights received."""
+
+    def each(values: list[float], digits: int) -> str:
+        return " ".join(f"{value:.{digits}f}" for value in values)
+
+    rows = [
+        f"{'':16}{'refresh, s':>11}  {'selection, s, by rank':24}"
+        f"{'processor, s, by rank':24}{'work by rank':24}{'weights received, of the model'}"
+    ]
+    for record in records:
+        timed = record["ranks"] <= cores
+        seconds = f"{record['seconds']['median']:.2f}" if timed else "-"
+        selection = each(record["selection_seconds"], 2) if timed else "-"
+        rows.append(
+            f"ZeRO-{record['stage']} {record['ranks']} ranks  {seconds:>11}  {selection:24}"
+            f"{each(record['cpu_seconds'], 2):24}{each(record['work_of_rank'], 3):24}"
+            f"{each(record['weights_received'], 3)}"
+        )
+    return "\n".join(rows)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=3, help="fresh runs of each case")
+    parser.add_argument("--refreshes", type=int, default=2, help="timed refreshes in a run")
+    parser.add_argument("--matrices", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=768)
+    parser.add_argument("--columns", type=int, default=2048)
+    parser.add_argument("--lra_rank", type=int, default=64)
+    parser.add_argument("--budget_rank", type=int, default=28, help="about 5%% of the entries by default")
+    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "refresh_ranks.json")
+    return parser.parse_args(arguments)
+
+
+def schedule(args: argparse.Namespace, cores: int) -> Iterator[Case]:
+    """Yield the runs in their order: rank counts alternate; those without times run once, with one refresh."""
+    sizes = (args.matrices, args.rows, args.columns, args.lra_rank, args.budget_rank)
+    for round_ in range(args.rounds):
+        for stage in args.stages:
+            for n in args.ranks:
+                if n <= cores:
+                    yield Case(stage, n, *sizes, args.refreshes)
+                elif round_ == 0:
+                    yield Case(stage, n, *sizes, 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run everything, print the table, write the JSON; 1 when a budget is exceeded."""
+    args, cores = parse_arguments(arguments), len(os.sched_getaffinity(0))
+    runs: dict[Case, list[list[Record]]] = {}
+    for case in schedule(args, cores):
+        runs.setdefault(case, []).append(on_ranks.run_on_ranks(run, case.ranks, case))
+        seconds = " ".join(f"{second:.2f}" for second in runs[case][-1][0]["seconds"])
+        print(f"ZeRO-{case.stage}  {case.ranks} ranks  refreshes of {seconds} s", flush=True)
+    records = [
+        summarise(case, found) for case, found in sorted(runs.items(), key=lambda item: asdict(item[0])["stage"])
+    ]
+    print(table(records, cores))
+    judged = budgets(records, cores)
+    for entry in judged:
+        verdict = "pass" if entry["pass"] else "FAIL"
+        print(f"{verdict}  {entry['budget']:36} {entry['where']:20} {entry['value']:.3f} of {entry['limit']:.3f}")
+    arguments_used = {**vars(args), "output": args.output.name}
+    load = {"load_average": os.getloadavg()}  # other processes on the cores show in the times
+    on_ranks.write_results(args.output, {"arguments": arguments_used, **load, "records": records, "budgets": judged})
+    return 0 if all(entry["pass"] for entry in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
