@@ -79,7 +79,8 @@ class PrincipalSet(nn.Module):
         Autograd compares the gradient with the shape of θ and reads no value. Where ZeRO-3 has left θ empty it
         becomes a view of one element, so that it need not be gathered.
         """
-        values = self.values
+        # Not by attribute: within a forward ZeRO-3 gathers what an attribute finds empty, then always.
+        values = next(self.parameters(recurse=False))
         if values.numel() != self.index.entries:
             values.data = torch.empty(1, dtype=values.dtype, device=values.device).expand(self.index.entries)
         return values
