@@ -283,9 +283,7 @@ def _require_layout(directory: Folder, description: Description, layout: Layout)
         return
     here = os.fspath(directory)
     if description["universal"]:
-        raise ValueError(
-            f"{here}: a universal checkpoint loads in ZeRO stage 1, 2 or 3, not without DeepSpeed or in 0"
-        )
+        raise ValueError(f"{here}: a universal checkpoint loads in ZeRO stage 1, 2 or 3, not without DeepSpeed or in 0")
     raise ValueError(
         f"{here}: saved on {description['ranks']} ranks in ZeRO stage {description['zero_stage']}, this run has "
         f"{layout.ranks} in stage {layout.zero_stage}; convert it first: "

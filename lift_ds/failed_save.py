@@ -30,12 +30,13 @@ class SaveError(RuntimeError):
     """A checkpoint that could not be saved; the message names it, the reason and the last whole one."""
 
 
-def save_error(directory: str | os.PathLike[str], error: BaseException) -> SaveError:
+def save_error(directory: str | os.PathLike[str], error: BaseException, what: str = "checkpoint") -> SaveError:
     """Say that a checkpoint could not be saved.
 
     Args:
         directory: of the checkpoint.
         error: what the writer raised.
+        what: was to be saved.
     """
     if isinstance(error, SaveError):
         return error
@@ -43,7 +44,7 @@ def save_error(directory: str | os.PathLike[str], error: BaseException) -> SaveE
     full = getattr(error, "errno", None) == errno.ENOSPC or free < _FULL
     reason = "the disk is full" if full else next(iter(str(error).strip().splitlines()), type(error).__name__)
     return SaveError(
-        f"checkpoint {os.fspath(directory)} could not be saved: {reason} ({free:,} bytes are free); "
+        f"{what} {os.fspath(directory)} could not be saved: {reason} ({free:,} bytes are free); "
         f"the last whole checkpoint is {last_whole(directory)}"
     )
 

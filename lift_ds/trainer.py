@@ -52,7 +52,7 @@ class LiftCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         require_attachment(model)
-        self._rotations.hold()
+        self._rotations.hold(str(args.output_dir))
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         if self._resumed is not None and state.global_step > 0:
@@ -71,7 +71,9 @@ class LiftCallback(TrainerCallback):
             )
         self._reported = len(self._driver.reports)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._clear_the_way(args, state, control)
 
     def on_save(
@@ -89,7 +91,9 @@ class LiftCallback(TrainerCallback):
             raise save_error(directory, error) from error
         self._rotations.run()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._rotations.release()
 
     def _clear_the_way(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -106,19 +110,20 @@ class _HeldRotations:
     """
 
     def __init__(self) -> None:
-        self._rotate: Callable[..., None] | None = None
         self._held: list[Callable[[], None]] = []
 
-    def hold(self) -> None:
-        """From now on keep the deletions that are asked for."""
-        if self._rotate is not None:
-            return
-        self._rotate = transformers.trainer.rotate_checkpoints
-        rotate = self._rotate
+    def hold(self, output_dir: str) -> None:
+        """From now on keep the deletions that are asked for in one folder."""
+        rotate = _own_rotation()
 
         def keep(*args: Any, **kwargs: Any) -> None:
-            self._held.append(partial(rotate, *args, **kwargs))
+            asked = partial(rotate, *args, **kwargs)
+            if kwargs.get("output_dir", args[0] if args else None) == output_dir:
+                self._held.append(asked)
+            else:
+                asked()
 
+        keep.holds_back = rotate  # type: ignore[attr-defined]
         transformers.trainer.rotate_checkpoints = keep
 
     def run(self) -> None:
@@ -128,8 +133,13 @@ class _HeldRotations:
 
     def release(self) -> None:
         """Leave deletions to the Trainer again."""
-        if self._rotate is not None:
-            transformers.trainer.rotate_checkpoints, self._rotate = self._rotate, None
+        transformers.trainer.rotate_checkpoints = _own_rotation()
+
+
+def _own_rotation() -> Callable[..., None]:
+    """Return what transformers calls by itself; a training that ended in an error has left it replaced."""
+    rotate = transformers.trainer.rotate_checkpoints
+    return getattr(rotate, "holds_back", rotate)
 
 
 def layout_of(args: TrainingArguments) -> Layout:

@@ -1,15 +1,11 @@
 """Checkpoints on real ranks: universal ones on other rank counts and stages, interrupted and failed saves, refusals.
 
-    checkpoints.py FOLDER whole|part STAGE FIRST LAST FROM TO      one piece of a run
+checkpoints.py FOLDER whole|part STAGE FIRST LAST FROM TO      one piece of a run
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases
 import engines
-import torch
 import torch.distributed as dist
 
 import lift_ds
