@@ -72,11 +72,12 @@ def failures_kept(engine: Any, directory: str | os.PathLike[str]) -> Iterator[li
         return write_or_keep
 
     writer = engine.checkpoint_engine
-    writer.save, engine._copy_recovery_script = kept(writer.save), kept(engine._copy_recovery_script)
+    save, copy_script = writer.save, engine._copy_recovery_script
+    writer.save, engine._copy_recovery_script = kept(save), kept(copy_script)
     try:
         yield failures
     finally:
-        del writer.save, engine._copy_recovery_script  # the methods of their classes again
+        writer.save, engine._copy_recovery_script = save, copy_script
 
 
 def stop_together(failures: list[SaveError]) -> None:
