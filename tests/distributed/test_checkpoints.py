@@ -34,23 +34,29 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, small_disk: Path | None) -> list[Results]:
-    """What two ranks found in one launch."""
-    jobs = ["whole", "stages", "damages", "newest", *([f"full={small_disk}"] if small_disk else [])]
-    return run_ranks("checkpoints", 2, tmp_path_factory.mktemp("pair"), *jobs)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")
-def rank_counts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, list[Results]]:
-    """A run on four ranks, and one that goes on on two, on one and on four again."""
-    folder = tmp_path_factory.mktemp("ranks")
-    first = run_ranks("checkpoints", 4, folder, "whole", "0,3,,four")[0]
-    pieces = [
-        run_ranks("checkpoints", 2, folder, "3,5,four_universal,two")[0],
-        run_ranks("checkpoints", 1, folder, "5,7,two_universal,one")[0],
-        run_ranks("checkpoints", 4, folder, "7,8,one_universal,")[0],
-    ]
-    return first["whole"], [first["piece"], *(result["piece"] for result in pieces)]
+def four(folder: Path) -> Results:
+    """A run on four ranks, and the first piece of one that will go on on others."""
+    return run_ranks("checkpoints", 4, folder, "whole", "0,3,,four")[0]
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path, four: Results, small_disk: Path | None) -> list[Results]:
+    """What two ranks found in one launch, the second piece included."""
+    jobs = ["whole", "stages", "damages", "newest", *([f"full={small_disk}"] if small_disk else [])]
+    return run_ranks("checkpoints", 2, folder, "3,5,four_universal,two", *jobs)
+
+
+@pytest.fixture(scope="module")
+def pieces(folder: Path, four: Results, pair: list[Results]) -> list[Results]:
+    """The run that goes on on two ranks, on one and on four again."""
+    one = run_ranks("checkpoints", 1, folder, "5,7,two_universal,one")[0]
+    last = run_ranks("checkpoints", 4, folder, "7,8,one_universal,")[0]
+    return [result["piece"] for result in (four, pair[0], one, last)]
 
 
 def check_continued(whole: Results, pieces: list[Results]) -> None:
@@ -68,9 +74,9 @@ def check_continued(whole: Results, pieces: list[Results]) -> None:
     assert whole["decay"] == [0.1, 0.0], "the case cannot tell the groups apart"
 
 
-def test_four_ranks_then_two_then_one_then_four(rank_counts: tuple[Results, list[Results]]) -> None:
-    """Cut right after a refresh (3), right before one (5, the refresh of 6 is not far) and elsewhere."""
-    check_continued(*rank_counts)
+def test_four_ranks_then_two_then_one_then_four(four: Results, pieces: list[Results]) -> None:
+    """Cut right after the refresh of step 3, right before that of step 6, and behind it."""
+    check_continued(four["whole"], pieces)
 
 
 def test_zero_2_then_3_then_1(pair: list[Results]) -> None:
