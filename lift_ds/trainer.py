@@ -55,8 +55,11 @@ class LiftCallback(TrainerCallback):
         self._rotations.hold(str(args.output_dir))
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
-        if self._resumed is not None and state.global_step > 0:
-            _finish_universal(model, optimizer, self._resumed)
+        if state.global_step > 0:
+            if self._resumed is None:
+                refuse_half_a_universal(args)
+            else:
+                _finish_universal(model, optimizer, self._resumed)
         self._driver = bind(model, optimizer)
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
@@ -146,6 +149,21 @@ def layout_of(args: TrainingArguments) -> Layout:
     """Return how the states of a Trainer's run are shared out."""
     config = getattr(args, "hf_deepspeed_config", None)
     return Layout(args.world_size, config.get_value("zero_optimization.stage", 0)) if config else Layout(1, 0)
+
+
+def refuse_half_a_universal(args: TrainingArguments) -> None:
+    """Refuse to go on from a universal checkpoint of which only DeepSpeed's part can have been loaded.
+
+    Raises:
+        ValueError: the DeepSpeed configuration asks for universal checkpoints.
+    """
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None and config.config.get("checkpoint", {}).get("load_universal"):
+        raise ValueError(
+            '"load_universal": true, but LiftCallback does not know the checkpoint, of which DeepSpeed leaves out the '
+            "weights and indices that LIFT trains: give LiftCallback(resume_from_checkpoint=...) the folder that "
+            "trainer.train is given"
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -6,7 +6,9 @@ A kill between the Trainer's save and the commit leaves the folders as `Between`
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import lift_ds
 from lift_ds.checkpoint import fault_of, newest
+from lift_ds.trainer import refuse_half_a_universal
 
 CONFIG = lift_ds.LiftConfig(budget_rank=2, lra_rank=2)
 
@@ -93,6 +96,16 @@ def test_a_training_that_failed_leaves_other_folders_to_the_trainer(tmp_path: Pa
     trainer_in(tmp_path / "again", lift_ds.LiftCallback()).train()
     assert [path.name for path in (tmp_path / "again").glob("checkpoint-*")] == ["checkpoint-3"]
     assert transformers.trainer.rotate_checkpoints is rotate_checkpoints
+
+
+@pytest.mark.parametrize("universal", [True, False])
+def test_half_a_universal_checkpoint_is_refused(universal: bool) -> None:
+    args: Any = SimpleNamespace(
+        hf_deepspeed_config=SimpleNamespace(config={"checkpoint": {"load_universal": universal}})
+    )
+    with pytest.raises(ValueError, match="resume_from_checkpoint") if universal else nullcontext():
+        refuse_half_a_universal(args)
+    refuse_half_a_universal(SimpleNamespace(hf_deepspeed_config=None))  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_is_saved_over_is_not_whole_meanwhile(tmp_path: Path) -> None:
