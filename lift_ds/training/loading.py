@@ -235,5 +235,5 @@ def load_as_saved(args: TrainArguments, checkpoint: str) -> None:
         ValueError: it has no description that can be relied on.
     """
     universal = by_main(lambda: read(checkpoint)["universal"])
-    if args.hf_deepspeed_config is not None:
+    if args.deepspeed:
         args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = universal

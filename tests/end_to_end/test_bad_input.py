@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Case:
     config: Change | None = None
     empty_data: bool = False
     other_model: bool = False
+    damaged: bool = False
 
 
 CASES = {
@@ -94,6 +96,8 @@ CASES = {
         "unknown argument --refresh_intervall; did you mean --refresh_interval?", ("--refresh_intervall", 3)
     ),
     "another_model": Case("a checkpoint of another model or budget: ", other_model=True),
+    "damaged_checkpoint": Case("optim_states.pt: its content is not what was saved", damaged=True),
+    "no_checkpoint_yet": Case("holds no whole checkpoint; 'auto' would start", ("--resume_from_checkpoint", "last")),
     "no_checkpoint": Case("nowhere: no such folder", ("--resume_from_checkpoint", "nowhere")),
 }
 
@@ -115,6 +119,11 @@ def refusals(
         if case.other_model:
             flags += ["--model_name_or_path", material.other_base]
             flags += ["--resume_from_checkpoint", eight_steps.output / "checkpoint-4"]
+        if case.damaged:
+            damaged = shutil.copytree(eight_steps.output / "checkpoint-4", folder / name / "checkpoint-4")
+            state = next(damaged.glob("global_step4/*_optim_states.pt"))
+            state.write_bytes(bytes(state.stat().st_size))
+            flags += ["--resume_from_checkpoint", damaged]
         lines[name] = [str(flag) for flag in flags]
     (folder / "cases.json").write_text(json.dumps(lines))
     script = Path(__file__).parent / "refusals.py"
