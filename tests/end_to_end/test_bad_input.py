@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ class Case:
     config: Change | None = None
     empty_data: bool = False
     other_model: bool = False
-    damaged: bool = False
+    of_two_ranks: bool = False
 
 
 CASES = {
@@ -96,7 +95,10 @@ CASES = {
         "unknown argument --refresh_intervall; did you mean --refresh_interval?", ("--refresh_intervall", 3)
     ),
     "another_model": Case("a checkpoint of another model or budget: ", other_model=True),
-    "damaged_checkpoint": Case("optim_states.pt: its content is not what was saved", damaged=True),
+    "other_ranks": Case(
+        "saved on 2 ranks in ZeRO stage 2, this run has 1 in stage 2; convert it first: python -m lift_ds.universal",
+        of_two_ranks=True,
+    ),
     "no_checkpoint_yet": Case("holds no whole checkpoint; 'auto' would start", ("--resume_from_checkpoint", "last")),
     "no_checkpoint": Case("nowhere: no such folder", ("--resume_from_checkpoint", "nowhere")),
 }
@@ -118,12 +120,8 @@ def refusals(
             flags += ["--train_file", folder / "empty.jsonl"]
         if case.other_model:
             flags += ["--model_name_or_path", material.other_base]
+        if case.other_model or case.of_two_ranks:
             flags += ["--resume_from_checkpoint", eight_steps.output / "checkpoint-4"]
-        if case.damaged:
-            damaged = shutil.copytree(eight_steps.output / "checkpoint-4", folder / name / "checkpoint-4")
-            state = next(damaged.glob("global_step4/*_optim_states.pt"))
-            state.write_bytes(bytes(state.stat().st_size))
-            flags += ["--resume_from_checkpoint", damaged]
         lines[name] = [str(flag) for flag in flags]
     (folder / "cases.json").write_text(json.dumps(lines))
     script = Path(__file__).parent / "refusals.py"
