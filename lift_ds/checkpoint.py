@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ DESCRIPTION = "lift.json"
 
 #: Version of its layout.
 FORMAT = 2
+
+#: Files that one rank reads at a time.
+_READERS = 4
 
 #: What holds tensors, and would be loaded if it were put into a checkpoint.
 _STATES = (".pt", ".pth", ".bin", ".safetensors")
@@ -254,14 +258,16 @@ def _hashed(directory: Folder, seen: list[dict[str, int]], *, keep: bool) -> dic
         if name not in seen[owners[name]]:  # a disk that not all machines share
             owners[name] = next(other for other, files in enumerate(seen) if name in files)
 
+    def entry(name: str) -> dict[str, Any]:
+        path = Path(directory) / name
+        if keep:
+            manifest.settle(path)
+        return {"bytes": path.stat().st_size, "sha256": manifest.checksum(path)}
+
     def mine() -> dict[str, dict[str, Any]]:
-        found = {}
-        for name in (name for name in names if owners[name] == rank):
-            path = Path(directory) / name
-            if keep:
-                manifest.settle(path)
-            found[name] = {"bytes": path.stat().st_size, "sha256": manifest.checksum(path)}
-        return found
+        own = [name for name in names if owners[name] == rank]
+        with ThreadPoolExecutor(_READERS) as readers:  # mostly waiting for the disk; hashing releases the lock
+            return dict(zip(own, readers.map(entry, own), strict=True))
 
     return dict(sorted({name: entry for part in together(mine) for name, entry in part.items()}.items()))
 
