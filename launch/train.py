@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 try:
-    from trl import SFTTrainer
+    import trl  # noqa: F401 - what needs it comes below
 except ImportError as missing:
     raise SystemExit(f"launch/train.py needs TRL ({missing}): pip install 'lift_ds[trl]'") from None
 
@@ -40,14 +40,17 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lift_ds
 import lift_ds.checkpoint
+import lift_ds.trainer
 from lift_ds.demo import run as demo
+from lift_ds.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.training import arguments, loading, reporting, saving
+from lift_ds.training.trainer import CheckedTrainer
 
 logger = get_logger()
 
-#: Exit codes: settings or data that cannot be used; ended by Ctrl-C.
-REFUSED, INTERRUPTED = 2, 130
+#: Exit codes: settings or data that cannot be used; a checkpoint or the model that could not be saved; Ctrl-C.
+REFUSED, UNSAVED, INTERRUPTED = 2, 74, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
@@ -59,7 +62,7 @@ class Job:
 
     script: arguments.ScriptArguments
     args: arguments.TrainArguments
-    trainer: SFTTrainer
+    trainer: CheckedTrainer
     tokenizer: PreTrainedTokenizerBase
     base_dtype: torch.dtype
     checkpoint: str | None
@@ -84,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refuse(error)
         train(job)
         return 0
-    except KeyboardInterrupt:
+    except SaveError as error:
         # Other ranks may be waiting in a collective, so an orderly end could wait for ever.
+        os._exit(refuse(error, UNSAVED))
+    except KeyboardInterrupt:
         if is_main_rank():
             print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
@@ -117,7 +122,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    checkpoint = loading.find_checkpoint(args)
+    checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
+    if checkpoint is not None and script.method == "lift":
+        loading.load_as_saved(args, checkpoint)
     tokenizer = loading.load_tokenizer(script, args)
     train_rows, held_out = loading.load_data(script, args, tokenizer)
     evaluation: Dataset | dict[str, Dataset] | None = held_out
@@ -132,9 +139,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
     model, base_dtype = loading.load_model(script, args)
     attention = model.config._attn_implementation
     logger.info("%s: attention by %s, weights in %s", script.model_name_or_path, attention, model.dtype)
-    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation)
+    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation, checkpoint)
     if checkpoint is not None and script.method == "lift":
-        lift_ds.checkpoint.verify(model, checkpoint)
+        lift_ds.checkpoint.verify(model, checkpoint, lift_ds.trainer.layout_of(args))
     return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, metrics, demo_base)
 
 
@@ -156,7 +163,8 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     evaluation: Dataset | dict[str, Dataset] | None,
-) -> SFTTrainer:
+    checkpoint: str | None,
+) -> CheckedTrainer:
     """Build TRL's trainer for the chosen method."""
     extra: dict[str, object] = {}
     callbacks: list[transformers.TrainerCallback] = []
@@ -166,10 +174,10 @@ def make_trainer(
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
         settings |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
         extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **settings})
-        callbacks.append(lift_ds.LiftCallback())
+        callbacks.append(lift_ds.LiftCallback(resume_from_checkpoint=checkpoint))
     elif script.method == "lora":
         extra["peft_config"] = loading.lora_config(script, config)
-    trainer = SFTTrainer(
+    trainer = CheckedTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
@@ -196,7 +204,10 @@ def train(job: Job) -> None:
         lift_ds.detach(trainer.model)
     model: PreTrainedModel | PeftModel = trainer.model
     folder = str(job.args.output_dir)
-    tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    try:
+        tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    except WRITER_ERRORS as error:
+        raise save_error(folder, error, "model") from error
     if not is_main_rank():
         return
     if after:
@@ -207,7 +218,7 @@ def train(job: Job) -> None:
         print(demo.answer_one(folder, job.demo_base))
 
 
-def refuse(error: ValueError) -> int:
+def refuse(error: Exception, code: int = REFUSED) -> int:
     """Say what is wrong, once; give the exit code.
 
     The launcher ends all ranks with the first that ends, so the others leave the first word to rank 0. One that
@@ -216,7 +227,7 @@ def refuse(error: ValueError) -> int:
     if not is_main_rank():
         time.sleep(_GRACE)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return REFUSED
+    return code
 
 
 def speak_on_one_rank() -> None:

@@ -75,6 +75,7 @@ class Case:
     config: Change | None = None
     empty_data: bool = False
     other_model: bool = False
+    of_two_ranks: bool = False
 
 
 CASES = {
@@ -94,6 +95,11 @@ CASES = {
         "unknown argument --refresh_intervall; did you mean --refresh_interval?", ("--refresh_intervall", 3)
     ),
     "another_model": Case("a checkpoint of another model or budget: ", other_model=True),
+    "other_ranks": Case(
+        "saved on 2 ranks in ZeRO stage 2, this run has 1 in stage 2; convert it first: python -m lift_ds.universal",
+        of_two_ranks=True,
+    ),
+    "no_checkpoint_yet": Case("holds no whole checkpoint; 'auto' would start", ("--resume_from_checkpoint", "last")),
     "no_checkpoint": Case("nowhere: no such folder", ("--resume_from_checkpoint", "nowhere")),
 }
 
@@ -114,6 +120,7 @@ def refusals(
             flags += ["--train_file", folder / "empty.jsonl"]
         if case.other_model:
             flags += ["--model_name_or_path", material.other_base]
+        if case.other_model or case.of_two_ranks:
             flags += ["--resume_from_checkpoint", eight_steps.output / "checkpoint-4"]
         lines[name] = [str(flag) for flag in flags]
     (folder / "cases.json").write_text(json.dumps(lines))
