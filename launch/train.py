@@ -15,10 +15,12 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 # DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun does not set it.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -40,14 +42,15 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lift_ds
 import lift_ds.checkpoint
+from lift_ds import watch
 from lift_ds.demo import run as demo
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.training import arguments, loading, reporting, saving
+from lift_ds.training import arguments, launcher, loading, reporting, saving
 
 logger = get_logger()
 
-#: Exit codes: settings or data that cannot be used; ended by Ctrl-C.
-REFUSED, INTERRUPTED = 2, 130
+#: Exit codes: an error; settings or data that cannot be used; ended by Ctrl-C. For a lost rank see `lift_ds.watch`.
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     speak_on_one_rank()
+    launcher.end_with_command()
     try:
         try:
             job = set_up(argv)
@@ -85,12 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(job)
         return 0
     except KeyboardInterrupt:
-        # Other ranks may be waiting in a collective, so an orderly end could wait for ever.
         if is_main_rank():
-            print("interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+            print("interrupted", file=sys.stderr)
+        leave(INTERRUPTED)
+    except Exception as error:
+        if not has_peers():
+            raise
+        leave(report(error))
     finally:
         if dist.is_initialized():
+            watch.begin("leaving the process group")
             dist.destroy_process_group()
 
 
@@ -117,6 +125,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    watch.start(config.stall_timeout)
     checkpoint = loading.find_checkpoint(args)
     tokenizer = loading.load_tokenizer(script, args)
     train_rows, held_out = loading.load_data(script, args, tokenizer)
@@ -186,6 +195,7 @@ def make_trainer(
 def train(job: Job) -> None:
     """Train, evaluate again, save the plain model and say what came out."""
     trainer = job.trainer
+    watch.begin("building the engine and loading the checkpoint")  # until the first forward
     trainer.train(resume_from_checkpoint=job.checkpoint)
     after: dict[str, float] = {}
     if trainer.eval_dataset is not None:
@@ -196,7 +206,8 @@ def train(job: Job) -> None:
         lift_ds.detach(trainer.model)
     model: PreTrainedModel | PeftModel = trainer.model
     folder = str(job.args.output_dir)
-    tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    with watch.during("saving the trained model", whole=True):
+        tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
     if not is_main_rank():
         return
     if after:
@@ -205,6 +216,32 @@ def train(job: Job) -> None:
     if job.demo_base is not None:
         unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
         print(demo.answer_one(folder, job.demo_base))
+
+
+def has_peers() -> bool:
+    """Tell whether other ranks take part in this run."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong on this rank, in one line where it is that another rank is gone; give the exit code."""
+    if not watch.is_lost_rank(error):
+        traceback.print_exception(error)
+        return FAILED
+    where = watch.named_operation(error) or watch.current() or "an operation of the Trainer"
+    print(
+        f"error: rank {dist.get_rank()}: another rank is gone or does not answer; noticed in {where}: "
+        f"{str(error).strip().splitlines()[0]}. The same command with --resume_from_checkpoint auto continues",
+        file=sys.stderr,
+    )
+    return watch.LOST_RANK
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: others may be waiting in a collective, or be gone, and an orderly end wait for them."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def refuse(error: ValueError) -> int:

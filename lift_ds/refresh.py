@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lift_ds import watch
 from lift_ds.attachment import Attachment
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer, logical_shape
@@ -227,7 +228,8 @@ class Driver:
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
         if steps % self.attachment.config.refresh_interval == 0:
-            self._refresh(steps)
+            with watch.during(f"refresh at step {steps}"):
+                self._refresh(steps)
 
     def _refresh(self, step: int) -> None:
         start = time.perf_counter()
@@ -270,7 +272,8 @@ class Driver:
         return selections, self.store.agree(failure, time.perf_counter() - start)
 
     def _select_one(self, name: str, weight: Tensor) -> Selection:
-        index = select(name, weight, self.attachment.config)
+        with watch.during(f"selecting in {name}"):
+            index = select(name, weight, self.attachment.config)
         return Selection(index, weight.reshape(-1)[index.long()])
 
     def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:

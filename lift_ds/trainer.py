@@ -6,16 +6,17 @@ import os
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lift_ds import checkpoint
 from lift_ds.attachment import require_attachment
 from lift_ds.refresh import Driver
+from lift_ds.saves import WatchedSaves
 from lift_ds.zero.facade import bind
 
 
-class LiftCallback(TrainerCallback):
+class LiftCallback(WatchedSaves):
     """Makes a Trainer train the principal weights of a model that `attach` has prepared.
 
     With DeepSpeed or without, with LiftAdamW or the Trainer's own AdamW (both hold the principal values as ordinary
@@ -51,6 +52,7 @@ class LiftCallback(TrainerCallback):
                 {"step": state.global_step, "lift_churn": report.churn, "lift_refresh_seconds": report.seconds}
             )
         self._reported = len(self._driver.reports)
+        super().on_step_end(args, state, control)
 
     def on_save(
         self,
@@ -63,3 +65,4 @@ class LiftCallback(TrainerCallback):
         if state.is_world_process_zero:
             directory = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
             checkpoint.describe(model, directory)
+        super().on_save(args, state, control)
