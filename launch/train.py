@@ -228,10 +228,11 @@ def report(error: Exception) -> int:
     if not watch.is_lost_rank(error):
         traceback.print_exception(error)
         return FAILED
-    where = watch.named_operation(error) or watch.current() or "an operation of the Trainer"
+    where = watch.named_operation(error) or watch.current() or "what the Trainer does between steps"
+    what = str(error).strip().splitlines()[0].split(". ")[0]
     print(
         f"error: rank {dist.get_rank()}: another rank is gone or does not answer; noticed in {where}: "
-        f"{str(error).strip().splitlines()[0]}. The same command with --resume_from_checkpoint auto continues",
+        f"{what}. The same command with --resume_from_checkpoint auto continues",
         file=sys.stderr,
     )
     return watch.LOST_RANK
