@@ -84,7 +84,8 @@ def start(stall_timeout: float | None) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     _limit = stall_timeout
-    _watched.on_device = torch.accelerator.is_available() and stall_timeout is not None
+    # Gloo's collectives are the host's own.
+    _watched.on_device = stall_timeout is not None and torch.accelerator.is_available() and dist.get_backend() != "gloo"
     if stall_timeout is not None and _thread is None:
         _thread = threading.Thread(target=_keep_watch, name="lift_ds watch", daemon=True)
         _thread.start()
@@ -195,16 +196,19 @@ def _oldest_on_device() -> _Pending | None:
     """Return the oldest operation that the device has not finished, after forgetting those that it has."""
     pending = _watched.pending
     while pending:
-        # Without it, a look at an event would make this thread set up the first device.
-        torch.accelerator.set_device_index(pending[0].device)
-        try:
-            finished = pending[0].event.query()
-        except RuntimeError:  # a broken device: the watched thread will meet the error itself
-            finished = True
-        if not finished:
+        if not _device_finished(pending[0]):
             return pending[0]
         pending.popleft()
     return None
+
+
+def _device_finished(pending: _Pending) -> bool:
+    # Without it, a look at an event would make this thread set up the first device.
+    torch.accelerator.set_device_index(pending.device)
+    try:
+        return pending.event.query()
+    except RuntimeError:  # a broken device: the watched thread will meet the error itself
+        return True
 
 
 def _give_up(operation: str, waited: float, limit: float) -> None:

@@ -91,3 +91,22 @@ def test_one_process_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_thread", None)
     watch.start(1.0)
     assert watch._thread is None
+
+
+def test_the_oldest_operation_that_the_device_has_not_finished_is_the_one_to_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The device's part is a dictionary here: which operation it has finished. It is asked in order, and no further."""
+    finished = {"forward of step 1": True, "backward of step 1": False, "step 1": False}
+    monkeypatch.setattr(watch, "_device_finished", lambda pending: finished[pending.operation])
+    monkeypatch.setattr(watch, "_watched", watch._Watched())
+    watch._watched.pending.extend(watch._Pending(operation, None, 0) for operation in finished)
+    watch.begin("forward of step 2")
+    assert watch._progress()[1] == "backward of step 1 (the device has not finished it)"
+    before = watch._progress()[0]
+    watch.begin("backward of step 2")  # the host running on is no progress of the device
+    assert watch._progress()[0] == before
+    finished["backward of step 1"] = finished["step 1"] = True
+    assert watch._progress()[1] == "backward of step 2"
+    watch.end()
+    assert watch._progress()[1] == ""

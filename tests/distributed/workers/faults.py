@@ -85,8 +85,11 @@ def run_healthy(rank: int, stage: int, place: str, folder: Path) -> None:
 
         def stop(*_: Any) -> None:
             hook.remove()
+            # So that the watch has looked at this operation before, and looks again before it goes on.
+            time.sleep(STALL_TIMEOUT / 4)
             (folder / f"stopped{rank}").touch()
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(STALL_TIMEOUT / 4)
 
         hook = engine.module.model.layers[1].register_forward_pre_hook(stop)
     engines.train(engine, "llama", range(2, 4))
