@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lift_ds.attachment import Attachment, attachment_of, erase, record, require_attachment
 from lift_ds.config import LiftConfig
-from lift_ds.layers import INDEX, MANAGED_CLASSES, VALUES, PrincipalLayer, logical_shape
+from lift_ds.layers import MANAGED_CLASSES, PRINCIPAL, PrincipalLayer, logical_shape
 from lift_ds.logs import get_logger
+from lift_ds.principal import PrincipalSet
 from lift_ds.refresh import select
 from lift_ds.targets import find_extra_parameters, find_targets, unmanaged_summary
 from lift_ds.zero.partitioned import gathered, is_partitioned, partition_like
@@ -25,9 +26,9 @@ _MAX_ENTRIES = 2**31 - 1
 def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
     """Make a model train its principal weights and nothing else, in place.
 
-    Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal_values` θ [k]
-    (trainable, float32 until DeepSpeed casts it) and `principal_index` I [k] (int32, frozen), selected from the
-    weights as they are now.
+    Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal.values` θ [k]
+    (trainable, float32 until DeepSpeed casts it) and `principal.index` I [k] (frozen), selected from the weights as
+    they are now.
 
     Works under `deepspeed.zero.Init` too: then every rank gathers one weight at a time (one all-gather a
     matrix), selects, and θ and I are partitioned like the weight (one broadcast each).
@@ -80,8 +81,7 @@ def detach(model: nn.Module) -> nn.Module:
     erase(model)
     original: dict[type, Any] = {managed: plain for plain, managed in MANAGED_CLASSES.items()}
     for layer in attachment.layers.values():
-        delattr(layer, VALUES)
-        delattr(layer, INDEX)
+        delattr(layer, PRINCIPAL)
         layer.__class__ = original[type(layer)]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in attachment.required_grad)
@@ -123,9 +123,9 @@ def _selection_device(weight: Tensor) -> torch.device:
 def _manage(module: Any, values: Tensor, index: Tensor) -> PrincipalLayer:
     module.__class__ = MANAGED_CLASSES[type(module)]
     assert isinstance(module, PrincipalLayer)
-    module.register_parameter(VALUES, nn.Parameter(values))
-    module.register_parameter(INDEX, nn.Parameter(index, requires_grad=False))
-    partition_like(module.weight, [module.principal_values, module.principal_index])
+    principal = PrincipalSet(values, index, *logical_shape(module.weight))
+    module.add_module(PRINCIPAL, principal)
+    partition_like(module.weight, [principal.values, principal.index.words])
     return module
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lift_ds.config import LiftConfig
@@ -22,7 +22,7 @@ class Attachment:
         config: the settings it was attached with.
         layers: dotted name -> managed layer, in the order of the model's modules.
         required_grad: names of the parameters that required grad before.
-        driven: whether something applies the principal values after a step (LiftAdamW, or the facade over ZeRO).
+        driver: what applies the principal values after a step (of LiftAdamW, or of the facade over ZeRO).
         optimizer: the LiftAdamW built from the model, if one was.
         gradient_seen: whether a gradient reached a principal value since the last applied step.
         backwards: how often a gradient reached a layer before the first applied step.
@@ -33,20 +33,26 @@ class Attachment:
     config: LiftConfig
     layers: dict[str, PrincipalLayer]
     required_grad: frozenset[str]
-    driven: bool = False
+    driver: Any = None
     optimizer: Any = None
     gradient_seen: bool = False
     backwards: int = 0
     step_seen: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
-    def note_backward(self, layer: PrincipalLayer) -> None:
-        """Note that a gradient reached the principal values of a layer, which is whole at this moment.
+    def note_backward(self, layer: PrincipalLayer, index: Tensor) -> None:
+        """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
+
+        Args:
+            layer: the layer.
+            index: its principal index, int [k].
 
         Raises:
             RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
         """
-        if not self.driven:
+        whole = layer.principal.is_whole()
+        # Where θ is partitioned, a LiftAdamW built for the model cannot drive it by itself.
+        if self.driver is None or not (whole or self.driver.store.sharded):
             raise RuntimeError(
                 "LIFT is attached but not active: nothing applies the principal values after a step. Build the "
                 "optimizer with lift_ds.LiftAdamW(model), the engine with lift_ds.initialize(...), or add "
@@ -56,7 +62,7 @@ class Attachment:
         if not self.step_seen:
             self.backwards += 1
             # Comparing synchronises a device: at every power of two, and no more once a step has been applied.
-            if self.backwards & (self.backwards - 1) == 0 and not layer.holds_its_values():
+            if whole and self.backwards & (self.backwards - 1) == 0 and not layer.holds_its_values(index):
                 raise RuntimeError(
                     "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
                     "them into the weights. Let the LiftAdamW that was built take the steps, or add "

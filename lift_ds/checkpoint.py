@@ -16,7 +16,9 @@ from lift_ds.layers import logical_shape
 DESCRIPTION = "lift.json"
 
 #: Settings that may differ between the run that saved and the run that resumes: they change how, not what.
-_FREE_SETTINGS = frozenset({"solver", "lr", "betas", "eps", "weight_decay", "refresh_interval", "stall_timeout"})
+_FREE_SETTINGS = frozenset(
+    {"solver", "index_placement", "lr", "betas", "eps", "weight_decay", "refresh_interval", "stall_timeout"}
+)
 
 
 def describe(model: nn.Module, directory: str | os.PathLike[str]) -> None:

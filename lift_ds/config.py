@@ -22,6 +22,9 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 #: Solvers of the low-rank step; "auto" takes the fastest that is exact for the selection.
 SOLVERS = ("auto", "svd", "gram")
 
+#: Where the index lives in ZeRO stages 1 and 2.
+INDEX_PLACEMENTS = ("sharded", "replicated")
+
 
 @dataclass(frozen=True)
 class LiftConfig:
@@ -39,6 +42,8 @@ class LiftConfig:
             None manages every linear layer except the output head.
         extra_trainable: names of parameters trained densely beside, matched against the last components
             of their dotted names ("bias", "norm.weight", "input_layernorm.weight").
+        index_placement: in ZeRO stages 1 and 2 each rank holds 1/N of every index and backward gathers it ("sharded"),
+            or all of it ("replicated": 2 bytes an entry on every rank, no traffic).
         lr: learning rate, where no optimizer is given (Adam's other settings likewise).
         betas: decay rates of Adam's moments; the paper's are (0.9, 0.95).
         eps: term added to Adam's denominator.
@@ -57,6 +62,7 @@ class LiftConfig:
     solver: str = "auto"
     target_modules: str | tuple[str, ...] | None = None
     extra_trainable: tuple[str, ...] = ()
+    index_placement: str = "sharded"
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -67,10 +73,8 @@ class LiftConfig:
         self._check_budget()
         _check_positive_int("lra_rank", self.lra_rank)
         _check_positive_int("refresh_interval", self.refresh_interval)
-        if self.solver not in SOLVERS:
-            raise ValueError(
-                f"solver={self.solver!r} is not one of {', '.join(SOLVERS)}{_nearest(self.solver, SOLVERS)}"
-            )
+        _check_choice("solver", self.solver, SOLVERS)
+        _check_choice("index_placement", self.index_placement, INDEX_PLACEMENTS)
         # Frozen, so the normal forms (tuples, as JSON knows only lists) are set past __setattr__.
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
         object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))
@@ -195,6 +199,11 @@ def _source(ds_config: object) -> str:
 def _nearest(name: object, known: Sequence[str]) -> str:
     match = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
 
 
 def _check_positive_int(name: str, value: object) -> None:

@@ -1,6 +1,6 @@
 """LiftLinear: a linear layer that trains the principal values of its weight and nothing else.
 
-      weight  W [m, n]  frozen          principal_values  θ [k]  trainable      principal_index  I [k]  int32
+      weight  W [m, n]  frozen          principal.values  θ [k]  trainable      principal.index  I [k]  frozen
 
       forward    y = x Wᵀ
       backward   dx = dy W;   dW = dyᵀ x lives for the length of this layer's backward;   θ.grad = dW.flat[I]
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from lift_ds.principal import PrincipalSet
+
 if TYPE_CHECKING:
     from lift_ds.attachment import Attachment
 
-VALUES = "principal_values"
-INDEX = "principal_index"
+#: Name of the submodule with θ and I, and how the names of θ end.
+PRINCIPAL = "principal"
+VALUES = f"{PRINCIPAL}.values"
 
 
 class _PrincipalLinear(torch.autograd.Function):
@@ -47,10 +50,11 @@ class _PrincipalLinear(torch.autograd.Function):
         grad_2d = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, m]
         grad_values = None
         if needs_values:
-            layer.lift_attachment.note_backward(layer)
+            index = layer.principal.index()  # int32 [k]
+            layer.lift_attachment.note_backward(layer, index)
             x_2d = x.reshape(-1, x.shape[-1]).to(grad_2d.dtype)  # [tokens, n]
             grad_weight = layer.weight_gradient(x_2d, grad_2d)
-            grad_values = grad_weight.view(-1).index_select(0, layer.principal_index).to(ctx.values_dtype)  # [k]
+            grad_values = grad_weight.view(-1).index_select(0, index).to(ctx.values_dtype)  # [k]
         grad_bias = grad_2d.sum(0) if needs_bias else None
         return grad_x, grad_values, grad_bias, None
 
@@ -60,24 +64,33 @@ class PrincipalLayer(nn.Module):
 
     weight: Tensor
     bias: Any  # a parameter or None
-    principal_values: nn.Parameter  # θ [k], in the dtype of training
-    principal_index: nn.Parameter  # I int32 [k], flat row-major positions in `weight`, ascending; frozen
+    principal: PrincipalSet
     lift_attachment: Attachment
 
     def forward(self, input: Tensor) -> Tensor:
         # Autograd functions run below autocast: cast what is saved once, as autocast would cast it for the product.
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        return _PrincipalLinear.apply(input, self.principal_values, self.bias, self)
+        return _PrincipalLinear.apply(input, self.principal.for_autograd(), self.bias, self)
+
+    @property
+    def principal_values(self) -> nn.Parameter:
+        """θ [k], in the dtype of training."""
+        return self.principal.values
+
+    @property
+    def principal_index(self) -> Tensor:
+        """I, int32 [k], flat row-major positions in `weight`, ascending; where its words are whole."""
+        return self.principal.index.positions()
 
     def entries(self) -> int:
-        """Return k, also where ZeRO-3 has partitioned the index."""
-        return logical_shape(self.principal_index).numel()
+        """Return k, wherever θ and I are."""
+        return self.principal.index.entries
 
     @torch.no_grad()
-    def holds_its_values(self) -> bool:
+    def holds_its_values(self, index: Tensor) -> bool:
         """Tell whether W.flat[I] = θ, in the dtype of W; all three whole."""
-        held = self.weight.view(-1)[self.principal_index.long()]  # [k]
+        held = self.weight.view(-1)[index.long()]  # [k]
         return torch.equal(held, self.principal_values.to(held.dtype))
 
     def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:

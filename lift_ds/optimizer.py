@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lift_ds.attachment import Attachment, require_attachment
 from lift_ds.layers import VALUES, logical_shape
-from lift_ds.refresh import DenseStore, Driver
+from lift_ds.refresh import Driver
+from lift_ds.store import DenseStore
 
 
 class LiftAdamW(torch.optim.AdamW):
@@ -116,7 +117,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     undecayed: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_value = name.rsplit(".", 1)[-1] == VALUES
+            is_value = name.endswith(VALUES)
             dimensions = len(logical_shape(parameter))
             (decayed if is_value or dimensions > 1 else undecayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]

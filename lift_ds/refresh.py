@@ -1,7 +1,7 @@
 """The refresh: select again from the current weights, carry the state over; and the clock that says when.
 
 `Driver` is what runs after every applied optimizer step. Where weights, indices and states live is the business of a
-`PrincipalStore`: one process keeps them whole (`DenseStore`), DeepSpeed spreads them (`lift_ds.zero`).
+`PrincipalStore`.
 
 A refresh in three phases, for N ranks:
 
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lift_ds import watch
@@ -26,111 +24,13 @@ from lift_ds.attachment import Attachment
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer, logical_shape
 from lift_ds.logs import get_logger
-from lift_ds.selection import PrincipalState, carry_over, deal_out, principal_indices, selection_cost
+from lift_ds.selection import carry_over, deal_out, principal_indices, selection_cost
+from lift_ds.store import PrincipalStore, Selection
 
 logger = get_logger()
 
 #: Key in every parameter group that counts the applied steps: part of each optimizer checkpoint, whatever wraps it.
 APPLIED_STEPS = "lift_steps"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What an owner found in one matrix: the new index int32 [k], ascending, and the current weights there [k]."""
-
-    index: Tensor
-    current: Tensor
-
-
-class PrincipalStore(Protocol):
-    """Where the weights, indices, master values and moments of a run live."""
-
-    rank: int
-    ranks: int
-
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        """Return the whole weight [m, n] on the owner, None on the other ranks; all of them call."""
-
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
-        """Return the owner's selection on every rank; None is given on the others."""
-
-    def agree(self, failure: str, seconds: float) -> list[float]:
-        """Return the seconds of all ranks.
-
-        Raises:
-            ValueError: on every rank, if any of them gives a failure; with the first one's text.
-        """
-
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        """Make `layer.principal_index` whole on every rank within the context."""
-
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        """Return master and moments in the order of the index, whole on every rank."""
-
-    def replace(self, layer: PrincipalLayer, index: Tensor, state: PrincipalState) -> None:
-        """Store a new index (int32 [k]) and its state; θ takes the master values."""
-
-    def write_back(self, layer: PrincipalLayer) -> None:
-        """W.flat[I] = θ, wherever W lives."""
-
-
-class DenseStore:
-    """Everything whole in this process: plain PyTorch, or DeepSpeed's stage 0 in float32.
-
-    Args:
-        optimizer: the Adam that holds θ in its parameter groups; θ is its own master.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    rank, ranks = 0, 1
-
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        return layer.weight.detach()
-
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
-        assert selection is not None, "one process owns every matrix"
-        return selection
-
-    def agree(self, failure: str, seconds: float) -> list[float]:
-        if failure:
-            raise ValueError(failure)
-        return [seconds]
-
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def master(self, layer: PrincipalLayer) -> Tensor:
-        """Return the tensor that the optimizer updates for this layer."""
-        return layer.principal_values
-
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        master = self.master(layer)
-        moments = self._optimizer.state.get(master, {})
-        # Adam has no state yet for a layer that no gradient has reached.
-        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in ("exp_avg", "exp_avg_sq"))
-        return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
-
-    @torch.no_grad()
-    def replace(self, layer: PrincipalLayer, index: Tensor, state: PrincipalState) -> None:
-        master = self.master(layer)
-        master.copy_(state.master)
-        moments = self._optimizer.state.get(master, {})
-        if moments:
-            moments["exp_avg"].copy_(state.exp_avg)
-            moments["exp_avg_sq"].copy_(state.exp_avg_sq)
-        layer.principal_values.copy_(state.master)
-        layer.principal_index.copy_(index)
-
-    def write_back(self, layer: PrincipalLayer) -> None:
-        put_values(layer.weight, layer.principal_index, layer.principal_values)
-
-
-@torch.no_grad()
-def put_values(weight: Tensor, index: Tensor, values: Tensor) -> None:
-    """W.flat[I] = θ, in place; a contiguous weight [m, n], int positions [k], values [k] of any floating dtype."""
-    weight.view(-1).index_put_((index,), values.to(weight.dtype))
 
 
 def select(name: str, weight: Tensor, config: LiftConfig) -> Tensor:
@@ -197,7 +97,7 @@ class Driver:
         self._jobs = self._deal_out()
         owner_of = {job: rank for rank, jobs in enumerate(self._jobs) for job in jobs}
         self._owners = [owner_of[job] for job in range(len(attachment.layers))]
-        attachment.driven = True
+        attachment.driver = self
 
     def owned_by(self, rank: int) -> list[str]:
         """Return the names of the layers that a rank selects in, longest job first."""
@@ -222,14 +122,17 @@ class Driver:
         Afterwards W holds the trained values on every rank, and the selection is that of the schedule.
         """
         self.attachment.confirm_gradients()
-        for layer in self.attachment.layers.values():
-            self.store.write_back(layer)
+        self.store.write_back(list(self.attachment.layers.values()))
         steps = self.applied_steps + 1
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
         if steps % self.attachment.config.refresh_interval == 0:
             with watch.during(f"refresh at step {steps}"):
                 self._refresh(steps)
+
+    def step_skipped(self) -> None:
+        """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""
+        self.store.release()
 
     def _refresh(self, step: int) -> None:
         start = time.perf_counter()
@@ -274,12 +177,14 @@ class Driver:
     def _select_one(self, name: str, weight: Tensor) -> Selection:
         with watch.during(f"selecting in {name}"):
             index = select(name, weight, self.attachment.config)
-        return Selection(index, weight.reshape(-1)[index.long()])
+        return self.store.choose(self.attachment.layers[name], weight, index)
 
     def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:
         """Carry the state of one layer over to its new index; return how many entries are new."""
+        index = layer.principal.index.decode(selection.words)
+        current = self.store.current(layer, selection, index)
         with self.store.whole_index(layer):
-            old_index = layer.principal_index.detach()
-            state, replaced = carry_over(old_index, self.store.read_state(layer), selection.index, selection.current)
-        self.store.replace(layer, selection.index, state)
+            old_index = layer.principal_index
+        state, replaced = carry_over(old_index, self.store.read_state(layer), index, current)
+        self.store.replace(layer, selection.words, state)
         return replaced

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from deepspeed import comm
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -22,7 +23,9 @@ from lift_ds import watch
 from lift_ds.attachment import Attachment, require_attachment
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
-from lift_ds.refresh import Driver, PrincipalStore
+from lift_ds.refresh import Driver
+from lift_ds.store import PrincipalStore
+from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watched import follow_training, watched_store
 
@@ -56,7 +59,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.driver = driver  # type: ignore[attr-defined]
         follow_training(model, optimizer, driver)
         return driver
-    driver = Driver(attachment, watched_store(_store_for(optimizer), attachment), optimizer.optimizer)
+    driver = Driver(attachment, watched_store(_store_for(optimizer, attachment), attachment), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
@@ -67,18 +70,43 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
     return driver
 
 
-def _store_for(wrapper: Any) -> PrincipalStore:
+def _store_for(wrapper: Any, attachment: Attachment) -> PrincipalStore:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         _refuse_second_copies(wrapper)
-        return PartitionedParameterStore(wrapper)
+        return _partitioned_parameters(wrapper)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        return PartitionedStateStore(wrapper)
+        return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         return MasterCopyStore(wrapper)
     raise ValueError(
         f"LIFT cannot reach the states of {type(wrapper).__name__}; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW and "
         'without ZenFlow or "super_offload"'
     )
+
+
+def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
+    """Shard the index over the ranks of stage 1 or 2, if it is to be; a checkpoint of DeepSpeed has it whole."""
+    group = wrapper.real_dp_process_group[0]
+    if attachment.config.index_placement == "replicated" or comm.get_world_size(group=group) == 1:
+        return None
+    indices = [layer.principal.index for layer in attachment.layers.values()]
+    sharded = ShardedIndex(indices, group, keep=wrapper.is_gradient_accumulation_boundary)
+    # DeepSpeed calls these two around saving and loading, on every rank.
+    wrapper.checkpoint_event_prologue = sharded.make_whole
+    wrapper.checkpoint_event_epilogue = sharded.shard_again
+    return sharded
+
+
+def _partitioned_parameters(wrapper: Any) -> PartitionedParameterStore:
+    store = PartitionedParameterStore(wrapper)
+    epilogue = wrapper.checkpoint_event_epilogue
+
+    def after_checkpoint() -> None:
+        epilogue()
+        store.forget_positions()
+
+    wrapper.checkpoint_event_epilogue = after_checkpoint
+    return store
 
 
 def _refuse_second_copies(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -143,7 +171,9 @@ def _run_after_applied_steps(wrapper: Any, driver: Driver) -> None:
     def step_and_drive(self: Any, *args: Any, **kwargs: Any) -> Any:
         with watch.during(f"step {driver.applied_steps + 1}", whole=True):
             result = step(*args, **kwargs)
-            if not getattr(self, "overflow", False):
+            if getattr(self, "overflow", False):
+                driver.step_skipped()
+            else:
                 driver.step_applied()
         return result
 

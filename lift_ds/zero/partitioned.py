@@ -87,20 +87,30 @@ def assign(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value.view_as(parameter))
 
 
+def own_entries(weight: Any, index: Tensor) -> slice:
+    """Return which entries of an index lie in this rank's shard of the weight; one synchronisation of the device.
+
+    Args:
+        weight: partitioned [m, n].
+        index: whole int32 [k], ascending.
+    """
+    bounds = torch.tensor(shard_range(weight), dtype=index.dtype, device=index.device)
+    first, last = torch.searchsorted(index, bounds).tolist()
+    return slice(first, last)
+
+
 @torch.no_grad()
-def put_values_in_shard(weight: Any, index: Tensor, values: Tensor) -> None:
+def put_values_in_shard(weight: Any, index: Tensor, values: Tensor, own: slice) -> None:
     """W.flat[I] = θ in this rank's shard of W (and in W where it is whole at the moment); no collective runs.
 
     Args:
         weight: partitioned [m, n].
         index: whole int32 [k], ascending.
         values: whole [k].
+        own: the entries that lie in this rank's shard.
     """
-    start, stop = shard_range(weight)
-    bounds = torch.tensor([start, stop], dtype=index.dtype, device=index.device)
-    first, last = torch.searchsorted(index, bounds).tolist()
     shard = weight.ds_tensor
-    positions = index[first:last].long() - start
-    shard.index_put_((positions.to(shard.device),), values[first:last].to(shard))
+    positions = index[own].long() - shard_range(weight)[0]
+    shard.index_put_((positions.to(shard.device),), values[own].to(shard))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.view(-1).index_put_((index,), values.to(weight.dtype))

@@ -1,16 +1,15 @@
 """Where DeepSpeed's optimizers keep the principal state: one store for each way.
 
-    wrapper                          θ                     master, exp_avg, exp_avg_sq        W and I
-    DeepSpeedZeroOptimizer (1, 2)    whole on every rank   1/N of the flat group on a rank    whole on every rank
-    BF16_Optimizer (1, fp32 grads)   whole                 1/N of the flat group              whole
-    DeepSpeedZeroOptimizer_Stage3    1/N                   1/N                                1/N
-    FP16_UnfusedOptimizer (0)        whole                 whole, one per parameter           whole
-
-Sharding the index in stages 0 to 2 will happen behind the same methods.
+wrapper                          W        θ        I                     master, exp_avg, exp_avg_sq
+FP16_UnfusedOptimizer (0)        whole    whole    whole                 whole, one per parameter
+DeepSpeedZeroOptimizer (1, 2)    whole    whole    1/N (or replicated)   1/N of the flat group
+BF16_Optimizer (1, fp32 grads)   whole    whole    1/N (or replicated)   1/N of the flat group
+DeepSpeedZeroOptimizer_Stage3    1/N      1/N      1/N                   1/N
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,9 +26,13 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from lift_ds.layers import PrincipalLayer
-from lift_ds.refresh import DenseStore, Selection, put_values
 from lift_ds.selection import PrincipalState
-from lift_ds.zero.partitioned import assign, gathered, gathered_to, put_values_in_shard
+from lift_ds.store import DenseStore, Selection, put_values
+from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_entries, put_values_in_shard
+from lift_ds.zero.sharded_index import ShardedIndex
+
+#: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
+_WRITE_BACK_BATCH = 2**25
 
 
 class MasterCopyStore(DenseStore):
@@ -83,37 +86,52 @@ class _RankedStore:
     def _global(self, rank: int) -> int:
         return comm.get_global_rank(self._group, rank) if self._group is not None else rank
 
-    def _from_owner(self, owner: int, tensor: Tensor | None, like: PrincipalLayer, dtype: torch.dtype) -> Tensor:
-        """Broadcast k numbers that the owner has."""
+    def _from_owner(self, owner: int, tensor: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+        """Broadcast `size` numbers that the owner has."""
         if tensor is None:
-            tensor = torch.empty(like.entries(), dtype=dtype, device=get_accelerator().current_device_name())
+            tensor = torch.empty(size, dtype=dtype, device=get_accelerator().current_device_name())
+        # As bytes: not every backend broadcasts every dtype.
         comm.broadcast(tensor.view(torch.uint8), self._global(owner), group=self._group)
         return tensor
 
+    def _words_from_owner(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Tensor:
+        words = None if selection is None else selection.words
+        return self._from_owner(owner, words, layer.principal.index.word_count(), torch.int32)
+
 
 class PartitionedStateStore(_RankedStore):
-    """Stages 1 and 2: master and moments are shards of flat groups; θ, W and I are whole on every rank.
+    """Stages 1 and 2: master and moments are shards of flat groups, the index too; θ and W are whole on every rank.
 
-    A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (4 k bytes). Reading a
-    state all-reduces k float32 values for each of its three tensors; writing and write-back are local.
+    A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (2 k bytes). Reading a
+    state all-reduces k float32 values for each of its three tensors, writing is local. Write-back uses the index that
+    backward has gathered, and moves nothing.
 
     Args:
         wrapper: DeepSpeed's optimizer.
+        index: the sharded index; None where it is replicated.
     """
 
-    def __init__(self, wrapper: Any) -> None:
+    sharded = False
+
+    def __init__(self, wrapper: Any, index: ShardedIndex | None) -> None:
         super().__init__(wrapper.real_dp_process_group[0])
         self._wrapper = wrapper
+        self._index = index
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return layer.weight.detach() if owner == self.rank else None
 
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
+        return Selection(layer.principal.index.encode(index), None)
+
     def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
-        index = self._from_owner(owner, selection.index if selection else None, layer, torch.int32)
-        return Selection(index, layer.weight.detach().view(-1)[index.long()])
+        return Selection(self._words_from_owner(layer, owner, selection), None)
+
+    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+        return layer.weight.detach().view(-1)[index.long()]
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        return nullcontext()
+        return nullcontext() if self._index is None else self._index.whole(layer.principal.index)
 
     def read_state(self, layer: PrincipalLayer) -> PrincipalState:
         # DeepSpeed links the moments to θ at the first step after its start; a checkpoint loaded later than that
@@ -123,53 +141,105 @@ class PartitionedStateStore(_RankedStore):
         return _read_full(layer)
 
     @torch.no_grad()
-    def replace(self, layer: PrincipalLayer, index: Tensor, state: PrincipalState) -> None:
+    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
         _write_full(layer, state)
         layer.principal_values.copy_(state.master)
-        layer.principal_index.copy_(index)
+        if self._index is None:
+            layer.principal.index.words.copy_(words)
+        else:
+            self._index.store(layer.principal.index, words)
 
-    def write_back(self, layer: PrincipalLayer) -> None:
-        put_values(layer.weight, layer.principal_index, layer.principal_values)
+    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
+        for layer in layers:
+            with self.whole_index(layer):
+                put_values(layer.weight, layer.principal_index, layer.principal_values)
+        self.release()
+
+    def release(self) -> None:
+        if self._index is not None:
+            self._index.release_all()
 
 
 class PartitionedParameterStore(_RankedStore):
     """Stage 3: everything is sharded, and whole only while gathered.
 
     In a refresh the shards of a weight are gathered to its owner, so that each weight crosses the network about once in
-    total; the owner broadcasts the new index and the weights there (4 k + 2 k bytes in bf16). The old index is
+    total; the owner broadcasts the new index and the weights there (2 k + 2 k bytes in bf16). The old index is
     all-gathered; reading a state all-gathers k float32 values for each of its three tensors; a write is local;
-    write-back all-gathers θ and I of one layer.
+    write-back all-gathers θ and I of some layers at a time.
 
     Args:
         wrapper: DeepSpeed's optimizer.
     """
 
+    sharded = True
+
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper.dp_process_group)
+        #: For each layer which of its entries lie in this rank's shard of W; until its index changes.
+        self._own: dict[PrincipalLayer, slice] = {}
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return gathered_to(layer.weight, owner)
 
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
+        return Selection(layer.principal.index.encode(index), weight.view(-1)[index.long()])
+
     def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+        current = None if selection is None else selection.current
         return Selection(
-            self._from_owner(owner, selection.index if selection else None, layer, torch.int32),
-            self._from_owner(owner, selection.current if selection else None, layer, layer.weight.dtype),
+            self._words_from_owner(layer, owner, selection),
+            self._from_owner(owner, current, layer.entries(), layer.weight.dtype),
         )
 
+    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+        assert selection.current is not None, "the owner hands out the weights too"
+        return selection.current
+
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        return gathered([layer.principal_index])
+        return gathered([layer.principal.index.words])
 
     def read_state(self, layer: PrincipalLayer) -> PrincipalState:
         return _read_full(layer)
 
-    def replace(self, layer: PrincipalLayer, index: Tensor, state: PrincipalState) -> None:
+    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
         _write_full(layer, state)
         assign(layer.principal_values, state.master)
-        assign(layer.principal_index, index)
+        assign(layer.principal.index.words, words)
+        self._own.pop(layer, None)
 
-    def write_back(self, layer: PrincipalLayer) -> None:
-        with gathered([layer.principal_values, layer.principal_index]):
-            put_values_in_shard(layer.weight, layer.principal_index.detach(), layer.principal_values.detach())
+    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
+        for batch in _batches(layers, _WRITE_BACK_BATCH):
+            principal = [layer.principal for layer in batch]
+            with gathered([p for one in principal for p in (one.values, one.index.words)]):
+                for layer in batch:
+                    self._write_back_one(layer, layer.principal_index, layer.principal_values.detach())
+
+    def forget_positions(self) -> None:
+        """Take note that a loaded checkpoint may have changed any index."""
+        self._own.clear()
+
+    def _write_back_one(self, layer: PrincipalLayer, index: Tensor, values: Tensor) -> None:
+        if layer not in self._own:
+            self._own[layer] = own_entries(layer.weight, index)
+        put_values_in_shard(layer.weight, index, values, self._own[layer])
+
+    def release(self) -> None:
+        pass
+
+
+def _batches(layers: Sequence[PrincipalLayer], limit: int) -> Iterator[list[PrincipalLayer]]:
+    """Cut a sequence of layers into runs of about `limit` entries."""
+    batch: list[PrincipalLayer] = []
+    entries = 0
+    for layer in layers:
+        if batch and entries + layer.entries() > limit:
+            yield batch
+            batch, entries = [], 0
+        batch.append(layer)
+        entries += layer.entries()
+    if batch:
+        yield batch
 
 
 def _read_full(layer: PrincipalLayer) -> PrincipalState:

@@ -9,9 +9,10 @@ save, load the engine's own methods, where the engine is ours
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from lift_ds import watch
 from lift_ds.attachment import Attachment
 from lift_ds.layers import PrincipalLayer
-from lift_ds.refresh import Driver, PrincipalStore
+from lift_ds.refresh import Driver
+from lift_ds.store import PrincipalStore
 
 #: Methods of a store that may communicate -> what a message calls them.
 _STORE_CALLS = {
@@ -30,7 +32,7 @@ _STORE_CALLS = {
     "agree": "agreeing on the selections",
     "read_state": "reading the state of",
     "replace": "storing the state of",
-    "write_back": "writing back",
+    "write_back": "writing back the trained values",
 }
 
 
@@ -47,11 +49,22 @@ class _WatchedStore:
             return value
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            about = self._names.get(id(args[0]), "") if args and isinstance(args[0], PrincipalLayer) else ""
+            about = self._name(args[0]) if args and isinstance(args[0], PrincipalLayer) else ""
             with watch.during(f"{_STORE_CALLS[name]} {about}".rstrip()):
                 return value(*args, **kwargs)
 
         return noted
+
+    @contextlib.contextmanager
+    def whole_index(self, layer: PrincipalLayer) -> Iterator[object]:
+        """It is the entry that communicates."""
+        with contextlib.ExitStack() as stack:
+            with watch.during(f"gathering the index of {self._name(layer)}"):
+                index = stack.enter_context(self._store.whole_index(layer))
+            yield index
+
+    def _name(self, layer: PrincipalLayer) -> str:
+        return self._names.get(id(layer), "")
 
 
 def watched_store(store: PrincipalStore, attachment: Attachment) -> PrincipalStore:

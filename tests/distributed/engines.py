@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import lift_ds
 from lift_ds.attachment import require_attachment
+from lift_ds.layers import PrincipalLayer
 from lift_ds.zero.partitioned import gathered
 
 
@@ -74,18 +76,24 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters that a plain model has, whole."""
     found = {}
     for name, parameter in model.named_parameters():
-        if "principal_" not in name:
+        if ".principal." not in name:
             with gathered([parameter]):
                 found[name] = parameter.detach().clone()
     return found
+
+
+def whole_index(model: nn.Module, layer: PrincipalLayer) -> AbstractContextManager[object]:
+    """Make the index of a layer whole, before a driver shards it or after."""
+    driver = require_attachment(model).driver
+    return gathered([layer.principal.index.words]) if driver is None else driver.store.whole_index(layer)
 
 
 def whole_indices(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the principal indices, whole, int64."""
     found = {}
     for name, layer in require_attachment(model).layers.items():
-        with gathered([layer.principal_index]):
-            found[name] = layer.principal_index.detach().long().clone()
+        with whole_index(model, layer):
+            found[name] = layer.principal_index.long()
     return found
 
 

@@ -77,7 +77,7 @@ def test_attach_to_a_partitioned_model_selects_the_same(ranks: list[Results]) ->
 
 def test_zero3_shards_the_index(ranks: list[Results]) -> None:
     run = ranks[0]["partitioned loading"]
-    assert run["held"] == run["entries"] // 2
+    assert 0 <= run["held"] - run["words"] / 2 <= 14  # at most one word of padding a matrix
 
 
 def test_zero2_keeps_no_dense_gradient_and_no_dense_state(ranks: list[Results]) -> None:

@@ -103,10 +103,10 @@ def test_attach_and_detach_are_a_round_trip(family: str) -> None:
 
     assert lift_ds.attach(model, CONFIG) is model
     attached = describe(model)
-    assert {name: place for name, (place, _) in attached["modules"].items()} == {
-        name: place for name, (place, _) in before["modules"].items()
-    }
-    new_keys = {f"{name}.principal_{what}" for name in expected_names(family) for what in ("values", "index")}
+    new_modules = {f"{name}.{part}" for name in expected_names(family) for part in ("principal", "principal.index")}
+    assert attached["modules"].keys() == before["modules"].keys() | new_modules
+    assert all(attached["modules"][name][0] == place for name, (place, _) in before["modules"].items())
+    new_keys = {f"{name}.principal.{what}" for name in expected_names(family) for what in ("values", "index.words")}
     assert attached["state"].keys() == before["state"].keys() | new_keys
     assert {key: attached["state"][key] for key in before["state"]} == before["state"]
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_managed_layers_and_their_entries(family: str) -> None:
         assert torch.equal(layer.principal_values, layer.weight.reshape(-1)[index.long()])
         assert index.tolist() == sorted(set(index.tolist()))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"{name}.principal_values" for name in layers}
+    assert trainable == {f"{name}.principal.values" for name in layers}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,7 +161,7 @@ def test_three_steps_change_principal_entries_alone(family: str) -> None:
         if layer_name in principal and kind == "weight":
             assert changed <= principal[layer_name], f"{name} changed outside the principal set"
             assert len(changed) > 0.9 * len(principal[layer_name]), f"{name} was hardly trained"
-        elif kind != "principal_values":
+        elif kind != "values":
             assert not changed, f"{name} is frozen, but changed"
 
 
@@ -338,7 +338,7 @@ def test_extra_parameters_are_trained_densely(
     optimizer.step()
     changed = {name for name, parameter in model.named_parameters() if changed_positions(before[name], parameter)}
     dense = {name for name in changed if name.removesuffix(".weight") not in layers_of(model)}
-    dense = {name for name in dense if not name.endswith("principal_values")}
+    dense = {name for name in dense if not name.endswith("principal.values")}
     assert len(dense) == count
     assert all(any(name.endswith("." + pattern) or name == pattern for pattern in extra) for name in dense)
 

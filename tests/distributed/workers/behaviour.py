@@ -53,7 +53,7 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
             trained += int(differs.sum())
             differs[index[name]] = False
             outside += int(differs.sum())
-            with gathered([layer.principal_values, layer.principal_index]):
+            with gathered([layer.principal_values]), engines.whole_index(model, layer):
                 written = after[f"{name}.weight"].flatten()[layer.principal_index.long()]
                 unwritten += int((written != layer.principal_values).sum())
         managed = {f"{name}.weight" for name in index}
@@ -118,7 +118,9 @@ def partitioned_loading(folder: str) -> dict[str, Any]:
     assert partitioned.lm_head.weight.shape == (0,), "the model did not load partitioned"
     lift_ds.attach(partitioned, SETTINGS)
     found = engines.whole_indices(partitioned)
-    held = sum(layer.principal_index.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values())
+    held = sum(
+        layer.principal.index.words.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values()
+    )
     engine, _ = start(3, model=partitioned)
     losses = engines.train(engine, "llama", range(7))
     engine.destroy()
@@ -127,7 +129,7 @@ def partitioned_loading(folder: str) -> dict[str, Any]:
     engine.destroy()
     return {
         "found": found, "expected": expected, "losses": losses, "expected_losses": expected_losses,
-        "held": held, "entries": require_attachment(whole).entries(),
+        "held": held, "words": words,
     }  # fmt: skip
 
 
