@@ -7,6 +7,7 @@ rank 0 is in when it notices follows from the collectives, under ZeRO-2 (none in
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from harness import LIMIT_SECONDS, WORKERS, rank_environment
 
 from lift_ds import watch
 
-#: "<signal> <where rank 1 meets it> <ZeRO stage>" -> what rank 0 names. Four kinds of collectives, the two ways to go.
+#: "<signal> <where rank 1 meets it> <ZeRO stage>" -> what rank 0 names, as a pattern. Four kinds of collectives, the two ways to go.
 QUICK = {
     "SIGKILL forward 3": "forward of step 3",
     "SIGKILL backward 2": "backward of step 3",
@@ -28,6 +29,9 @@ QUICK = {
     "SIGSTOP save 3": "saving the checkpoint of step 2",
 }
 
+#: Where the states are read nothing need be exchanged: then it is noticed in the first operation behind.
+AFTER_LOAD = {2: "loading a checkpoint|backward of step 3", 3: "loading a checkpoint|forward of step 3"}
+
 REST = {
     "SIGKILL forward 2": "backward of step 3",
     "SIGKILL backward 3": "backward of step 3",
@@ -36,8 +40,8 @@ REST = {
     "SIGKILL refresh 2": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGKILL refresh 3": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGKILL save 3": "saving the checkpoint of step 2",
-    "SIGKILL load 2": "loading a checkpoint",
-    "SIGKILL load 3": "loading a checkpoint",
+    "SIGKILL load 2": AFTER_LOAD[2],
+    "SIGKILL load 3": AFTER_LOAD[3],
     "SIGSTOP forward 3": "forward of step 3",
     "SIGSTOP backward 2": "backward of step 3",
     "SIGSTOP backward 3": "backward of step 3",
@@ -45,14 +49,14 @@ REST = {
     "SIGSTOP step 3": "step 3, writing back the trained values",
     "SIGSTOP refresh 2": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGSTOP save 2": "saving the checkpoint of step 2",
-    "SIGSTOP load 2": "loading a checkpoint",
-    "SIGSTOP load 3": "loading a checkpoint",
+    "SIGSTOP load 2": AFTER_LOAD[2],
+    "SIGSTOP load 3": AFTER_LOAD[3],
 }
 
 #: Longer than the limit, but no fault: the user's code between two operations; the whole job suspended within one.
 HEALTHY = ("NONE pause 2", "NONE suspend 2")
 
-#: Seconds within which rank 0 is to be gone: the limit of these runs is 3, and the machine may be shared.
+#: Seconds within which rank 0 is to be gone: the limit of these runs is 4, and the machine may be shared.
 GONE_SECONDS = 20.0
 
 Results = dict[str, dict[str, Any]]
@@ -85,10 +89,10 @@ def check(result: dict[str, Any], name: str, operation: str) -> None:
     assert result["seconds"] < GONE_SECONDS, said
     if name.startswith("SIGSTOP"):
         assert result["code"] == watch.STALLED, said
-        assert f" s in {operation}. Another rank" in result["said"], said
+        assert re.search(rf" s in ({operation})\. Another rank", result["said"]), said
     else:  # uncaught, so Python's own code
         assert result["code"] == 1, said
-        assert f"noticed in {operation}\n" in result["said"], said
+        assert re.search(rf"noticed in ({operation})\n", result["said"]), said
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -98,7 +102,7 @@ def test_a_lost_rank_is_noticed_and_the_operation_named(name: str, quick: Result
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_pause_that_is_no_fault_ends_nothing(name: str, quick: Results) -> None:
-    assert quick[name]["code"] == 0, quick[name]["said"][-4000:]
+    assert quick[name]["code"] == 0, f"{quick[name]['said'][-4000:]}\n{quick[name]['other'][-4000:]}"
 
 
 @pytest.mark.slow  # the other places and stages

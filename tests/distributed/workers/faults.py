@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import cases
 import engines
 import torch
+import torch.distributed as dist
 from forked import Group
 
 import lift_ds
 
 #: Seconds that an operation may last in these runs; in an undisturbed one each takes a few milliseconds.
-STALL_TIMEOUT = 3.0
+STALL_TIMEOUT = 4.0
 
 #: Seconds until a rank that has not ended counts as hanging.
 LIMIT = 40.0
@@ -93,6 +94,8 @@ def run_healthy(rank: int, stage: int, place: str, folder: Path) -> None:
 
         hook = engine.module.model.layers[1].register_forward_pre_hook(stop)
     engines.train(engine, "llama", range(2, 4))
+    dist.barrier()  # the first to leave would be a lost rank to the other
+    dist.destroy_process_group()
 
 
 def run_rank(rank: int, stage: int, place: str, number: signal.Signals, folder: Path) -> None:
