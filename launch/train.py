@@ -26,7 +26,7 @@ from typing import NoReturn
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 try:
-    from trl import SFTTrainer
+    import trl  # noqa: F401 - what needs it comes below
 except ImportError as missing:
     raise SystemExit(f"launch/train.py needs TRL ({missing}): pip install 'lift_ds[trl]'") from None
 
@@ -42,15 +42,19 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lift_ds
 import lift_ds.checkpoint
+import lift_ds.trainer
 from lift_ds import watch
 from lift_ds.demo import run as demo
+from lift_ds.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.training import arguments, launcher, loading, reporting, saving
+from lift_ds.training.trainer import CheckedTrainer
 
 logger = get_logger()
 
-#: Exit codes: an error; settings or data that cannot be used; ended by Ctrl-C. For a lost rank see `lift_ds.watch`.
-FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+#: Exit codes: an error; settings or data that cannot be used; a checkpoint or the model that could not be saved;
+#: Ctrl-C. For a lost rank see `lift_ds.watch`.
+FAILED, REFUSED, UNSAVED, INTERRUPTED = 1, 2, 74, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
@@ -62,7 +66,7 @@ class Job:
 
     script: arguments.ScriptArguments
     args: arguments.TrainArguments
-    trainer: SFTTrainer
+    trainer: CheckedTrainer
     tokenizer: PreTrainedTokenizerBase
     base_dtype: torch.dtype
     checkpoint: str | None
@@ -88,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refuse(error)
         train(job)
         return 0
+    except SaveError as error:
+        leave(report(error) if watch.is_lost_rank(error) else refuse(error, UNSAVED))
     except KeyboardInterrupt:
         if is_main_rank():
             print("interrupted", file=sys.stderr)
@@ -126,7 +132,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     watch.start(config.stall_timeout)
-    checkpoint = loading.find_checkpoint(args)
+    checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
+    if checkpoint is not None and script.method == "lift":
+        loading.load_as_saved(args, checkpoint)
     tokenizer = loading.load_tokenizer(script, args)
     train_rows, held_out = loading.load_data(script, args, tokenizer)
     evaluation: Dataset | dict[str, Dataset] | None = held_out
@@ -141,9 +149,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
     model, base_dtype = loading.load_model(script, args)
     attention = model.config._attn_implementation
     logger.info("%s: attention by %s, weights in %s", script.model_name_or_path, attention, model.dtype)
-    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation)
+    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation, checkpoint)
     if checkpoint is not None and script.method == "lift":
-        lift_ds.checkpoint.verify(model, checkpoint)
+        lift_ds.checkpoint.verify(model, checkpoint, lift_ds.trainer.layout_of(args))
     return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, metrics, demo_base)
 
 
@@ -165,7 +173,8 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
     evaluation: Dataset | dict[str, Dataset] | None,
-) -> SFTTrainer:
+    checkpoint: str | None,
+) -> CheckedTrainer:
     """Build TRL's trainer for the chosen method."""
     extra: dict[str, object] = {}
     callbacks: list[transformers.TrainerCallback] = []
@@ -175,10 +184,10 @@ def make_trainer(
         settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
         settings |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
         extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **settings})
-        callbacks.append(lift_ds.LiftCallback())
+        callbacks.append(lift_ds.LiftCallback(resume_from_checkpoint=checkpoint))
     elif script.method == "lora":
         extra["peft_config"] = loading.lora_config(script, config)
-    trainer = SFTTrainer(
+    trainer = CheckedTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
@@ -206,8 +215,11 @@ def train(job: Job) -> None:
         lift_ds.detach(trainer.model)
     model: PreTrainedModel | PeftModel = trainer.model
     folder = str(job.args.output_dir)
-    with watch.during("saving the trained model", whole=True):
-        tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    try:
+        with watch.during("saving the trained model", whole=True):
+            tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+    except WRITER_ERRORS as error:
+        raise save_error(folder, error, "model") from error
     if not is_main_rank():
         return
     if after:
@@ -245,7 +257,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def refuse(error: ValueError) -> int:
+def refuse(error: Exception, code: int = REFUSED) -> int:
     """Say what is wrong, once; give the exit code.
 
     The launcher ends all ranks with the first that ends, so the others leave the first word to rank 0. One that
@@ -254,7 +266,7 @@ def refuse(error: ValueError) -> int:
     if not is_main_rank():
         time.sleep(_GRACE)
     print(f"error: {error}", file=sys.stderr, flush=True)
-    return REFUSED
+    return code
 
 
 def speak_on_one_rank() -> None:

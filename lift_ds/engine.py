@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import comm
 from torch import nn
 
-from lift_ds import checkpoint
 from lift_ds.attach import attach
 from lift_ds.attachment import attachment_of, require_attachment
 from lift_ds.config import LIFT_BLOCK, LiftConfig, read_ds_config
+from lift_ds.engine_checkpoints import commit_and_verify
 from lift_ds.layers import logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW
@@ -40,8 +38,9 @@ def initialize(
     Attaches LIFT by the `"lift"` block where `attach` has not been called (casting the parameters to the dtype of
     training first, so that the selection is made in what is trained), builds LiftAdamW from the same block where no
     optimizer is given, fills in what the file leaves as `"auto"`, and binds write-back and refresh to `engine.step()`.
-    `engine.save_checkpoint` writes a description of the model beside the states, `engine.load_checkpoint` checks it
-    before anything is loaded.
+    `engine.save_checkpoint` commits a checkpoint with a description of the model and of every file;
+    `engine.load_checkpoint` checks both before anything is loaded, takes the newest whole checkpoint where no tag is
+    named, and loads universal ones too.
 
     Args:
         model: the model, attached or not, whole or partitioned by `deepspeed.zero.Init`.
@@ -71,7 +70,7 @@ def initialize(
         model=model, optimizer=optimizer, config=ds_config, **kwargs
     )
     bind(model, engine.optimizer)
-    _describe_checkpoints(engine)
+    commit_and_verify(engine)
     follow_engine(engine)
     return engine, ds_optimizer, loader, schedule
 
@@ -170,31 +169,3 @@ def _cast_parameters(model: nn.Module, ds_config: Mapping[str, Any]) -> None:
             for parameter in model.parameters():
                 if parameter.is_floating_point() and not is_partitioned(parameter):
                     parameter.data = parameter.data.to(dtype)
-
-
-def _describe_checkpoints(engine: Any) -> None:
-    """Let the engine describe what it saves and check what it loads."""
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    def save_checkpoint(self: Any, save_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        result = save(save_dir, tag, *args, **kwargs)
-        if comm.get_rank() == 0:
-            checkpoint.describe(self.module, os.path.join(save_dir, tag))
-        comm.barrier()
-        return result
-
-    def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint.verify(self.module, os.path.join(load_dir, _latest(load_dir) if tag is None else str(tag)))
-        return load(load_dir, tag, *args, **kwargs)
-
-    engine.save_checkpoint = types.MethodType(save_checkpoint, engine)
-    engine.load_checkpoint = types.MethodType(load_checkpoint, engine)
-
-
-def _latest(load_dir: str) -> str:
-    path = os.path.join(load_dir, "latest")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is missing: {load_dir!r} holds no checkpoint; name one by its tag, or another folder")
-    with open(path, encoding="utf-8") as file:
-        return file.read().strip()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lift_ds import checkpoint
 from lift_ds.attachment import require_attachment
+from lift_ds.checkpoint import Layout
+from lift_ds.failed_save import WRITER_ERRORS, save_error
+from lift_ds.ranks import by_main
 from lift_ds.refresh import Driver
 from lift_ds.saves import WatchedSaves
 from lift_ds.zero.facade import bind
+from lift_ds.zero.universal import restore
 
 
 class LiftCallback(WatchedSaves):
@@ -21,12 +29,19 @@ class LiftCallback(WatchedSaves):
 
     With DeepSpeed or without, with LiftAdamW or the Trainer's own AdamW (both hold the principal values as ordinary
     parameters): after every applied step the weights hold the trained values, and the selection is refreshed when due.
-    The reports of the refreshes go into the Trainer's log history, a description of the run into each checkpoint.
+    The reports of the refreshes go into the Trainer's log history. Each checkpoint is committed when all ranks have
+    written it, and only then are those deleted that `save_total_limit` has no room for.
+
+    Args:
+        resume_from_checkpoint: the folder that is given to `trainer.train`; needed for a universal checkpoint, of
+            which DeepSpeed loads a part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resume_from_checkpoint: str | os.PathLike[str] | None = None) -> None:
         self._driver: Driver | None = None
         self._reported = 0
+        self._resumed = resume_from_checkpoint
+        self._rotations = _HeldRotations()
 
     def on_train_begin(
         self,
@@ -38,8 +53,11 @@ class LiftCallback(WatchedSaves):
         **kwargs: Any,
     ) -> None:
         require_attachment(model)
+        self._rotations.hold(str(args.output_dir))
         while isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
+        if self._resumed is not None and state.global_step > 0:
+            _finish_universal(model, optimizer, self._resumed)
         self._driver = bind(model, optimizer)
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
@@ -47,12 +65,19 @@ class LiftCallback(WatchedSaves):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._driver is not None
+        super().on_step_end(args, state, control)
+        self._clear_the_way(args, state, control)
         for report in self._driver.reports[self._reported :]:
             state.log_history.append(
                 {"step": state.global_step, "lift_churn": report.churn, "lift_refresh_seconds": report.seconds}
             )
         self._reported = len(self._driver.reports)
-        super().on_step_end(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_epoch_end(args, state, control)
+        self._clear_the_way(args, state, control)
 
     def on_save(
         self,
@@ -62,7 +87,78 @@ class LiftCallback(WatchedSaves):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero:
-            directory = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-            checkpoint.describe(model, directory)
+        directory = _checkpoint(args, state)
+        try:
+            checkpoint.commit(model, directory, step=state.global_step, layout=layout_of(args))
+        except (*WRITER_ERRORS, ValueError) as error:
+            raise save_error(directory, error) from error
+        self._rotations.run()
         super().on_save(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._rotations.release()
+        super().on_train_end(args, state, control)
+
+    def _clear_the_way(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        """A folder that is about to be written into is no whole checkpoint any more."""
+        if control.should_save:
+            checkpoint.withdraw(_checkpoint(args, state))
+
+
+class _HeldRotations:
+    """The Trainer's deletions of old checkpoints, held back until the new one is committed.
+
+    The Trainer deletes at the end of its save, before it tells its callbacks; a process that is killed between the two
+    would leave no whole checkpoint where `save_total_limit` is 1. What it calls for that is replaced while it trains.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Callable[[], None]] = []
+
+    def hold(self, output_dir: str) -> None:
+        """From now on keep the deletions that are asked for in one folder."""
+        rotate = _own_rotation()
+
+        def keep(*args: Any, **kwargs: Any) -> None:
+            asked = partial(rotate, *args, **kwargs)
+            if kwargs.get("output_dir", args[0] if args else None) == output_dir:
+                self._held.append(asked)
+            else:
+                asked()
+
+        keep.holds_back = rotate  # type: ignore[attr-defined]
+        transformers.trainer.rotate_checkpoints = keep
+
+    def run(self) -> None:
+        """Make the deletions that were kept."""
+        while self._held:
+            self._held.pop(0)()
+
+    def release(self) -> None:
+        """Leave deletions to the Trainer again."""
+        transformers.trainer.rotate_checkpoints = _own_rotation()
+
+
+def _own_rotation() -> Callable[..., None]:
+    """Return what transformers calls by itself; a training that ended in an error has left it replaced."""
+    rotate = transformers.trainer.rotate_checkpoints
+    return getattr(rotate, "holds_back", rotate)
+
+
+def layout_of(args: TrainingArguments) -> Layout:
+    """Return how the states of a Trainer's run are shared out."""
+    config = getattr(args, "hf_deepspeed_config", None)
+    return Layout(args.world_size, config.get_value("zero_optimization.stage", 0)) if config else Layout(1, 0)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _finish_universal(model: Any, wrapper: Any, directory: str | os.PathLike[str]) -> None:
+    """Load what DeepSpeed has left out of a universal checkpoint; of others it has loaded everything."""
+    if by_main(lambda: checkpoint.read(directory)["universal"]):
+        (states,) = Path(directory).glob("global_step*")
+        restore(model, wrapper, states)

@@ -131,8 +131,8 @@ def current() -> str:
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Tell whether an error says that another rank is gone or does not answer."""
-    if isinstance(error, dist.DistError):
+    """Tell whether an error, or the one it was raised from, says that another rank is gone or does not answer."""
+    if isinstance(error, dist.DistError) or (error.__cause__ is not None and is_lost_rank(error.__cause__)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in text for phrase in _LOST_PHRASES)

@@ -77,6 +77,9 @@ class TrainArguments(SFTConfig):
     adam_beta1: float | None = _flag("Default: of the lift block.")
     adam_beta2: float | None = _flag("Default: of the lift block.")
     adam_epsilon: float | None = _flag("Default: eps of the lift block.")
+    resume_from_checkpoint: str | None = _flag(
+        "A checkpoint folder; last: the newest whole one in --output_dir; auto: like last, afresh where there is none."
+    )
     warmup_steps: float = _flag("Warm-up steps, or below 1 their share of all steps.", 0.03)
     bf16: bool | None = _flag("Train in bfloat16. Default: on accelerators; float32 on CPUs.")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,24 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_flash_attn_2_available
 
 from lift_ds import LiftConfig
+from lift_ds.checkpoint import Choice, newest, read
 from lift_ds.config import TARGET_PRESETS
 from lift_ds.data import check_chat_template, hold_out, load_file, load_named
 from lift_ds.logs import get_logger
+from lift_ds.ranks import by_main
+from lift_ds.trainer import layout_of
 from lift_ds.training.arguments import ScriptArguments, TrainArguments
 
 logger = get_logger()
 
-#: Entry of `--resume_from_checkpoint` that means the newest checkpoint in --output_dir.
-LAST = "last"
+#: Values of `--resume_from_checkpoint` that mean the newest whole checkpoint in --output_dir; the second one starts
+#: afresh where there is none.
+LAST, AUTO = "last", "auto"
 
 
 def training_dtype(args: TrainArguments) -> torch.dtype:
@@ -159,11 +164,13 @@ def lora_config(script: ScriptArguments, config: LiftConfig) -> LoraConfig:
     )
 
 
-def find_checkpoint(args: TrainArguments) -> str | None:
-    """Find the checkpoint to resume from.
+def find_checkpoint(args: TrainArguments, *, committed: bool) -> str | None:
+    """Find the checkpoint to resume from, and say which one was taken where none is named; all ranks call.
 
     Args:
-        args: `resume_from_checkpoint` is a folder, or "last" for the newest in `output_dir`.
+        args: `resume_from_checkpoint` is a folder, "last" for the newest whole one in `output_dir`, or "auto" for the
+            same where there is one and a fresh start where there is none.
+        committed: whether checkpoints of this run carry LIFT's description, without which they are not whole.
 
     Returns:
         The folder, or None to start anew.
@@ -174,17 +181,59 @@ def find_checkpoint(args: TrainArguments) -> str | None:
     asked = args.resume_from_checkpoint
     if not asked:
         return None
+    if asked not in (LAST, AUTO):
+        return _named_checkpoint(args, asked)
+    output = Path(str(args.output_dir))
+    choice = by_main(lambda: newest(_checkpoints_in(output), layout_of(args)) if committed else _last_ended(output))
+    if choice.taken is not None:
+        logger.info("resuming from the newest whole checkpoint in %s: %s", output, choice)
+        return str(output / choice.taken)
+    nothing = f"{output} holds no whole checkpoint" + (f": {choice}" if choice.passed_over else "")
     if asked == LAST:
-        output = str(args.output_dir)
-        found = get_last_checkpoint(output) if os.path.isdir(output) else None
-        if found is None:
-            raise ValueError(f"--resume_from_checkpoint {LAST}: {output} holds no checkpoint-<step> folder")
-        return str(found)
+        raise ValueError(f"--resume_from_checkpoint {LAST}: {nothing}; {AUTO!r} would start afresh")
+    logger.info("starting afresh: %s", nothing)
+    return None
+
+
+def _named_checkpoint(args: TrainArguments, asked: str) -> str:
     folder, flag = Path(asked), f"--resume_from_checkpoint {asked}"
     if not folder.is_dir():
-        raise ValueError(f"{flag}: no such folder; give a checkpoint-<step> folder or {LAST!r}")
-    if not (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{flag}: no such folder; give a checkpoint-<step> folder, {LAST!r} or {AUTO!r}")
+    if not (folder / TRAINER_STATE_NAME).is_file():
         raise ValueError(f"{flag}: without trainer_state.json it is no checkpoint, or one not written to its end")
     if args.deepspeed and not any(folder.glob("global_step*")):
         raise ValueError(f"{flag}: it was not saved under DeepSpeed; resume without --deepspeed, or start anew")
     return str(folder)
+
+
+def _checkpoints_in(output: Path) -> list[Path]:
+    """The `checkpoint-<step>` folders by their steps, and universal copies of them."""
+    found = [
+        (re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)(-universal)?", path.name), path) for path in output.glob("*")
+    ]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+
+
+def _last_ended(output: Path) -> Choice:
+    """The last checkpoint of a run without LIFT, as far as the Trainer's own files tell."""
+    folders = _checkpoints_in(output)
+    ended = [path.name for path in folders if (path / TRAINER_STATE_NAME).is_file()]
+    missing = {path.name: f"{TRAINER_STATE_NAME} is missing" for path in folders if path.name not in ended}
+    return Choice(ended[-1] if ended else None, missing)
+
+
+def load_as_saved(args: TrainArguments, checkpoint: str) -> None:
+    """Have DeepSpeed load a checkpoint in the form it was saved in, whatever its file says; all ranks call.
+
+    A run that resumed from a universal checkpoint saves plain ones, and its restarts use the same file.
+
+    Args:
+        args: DeepSpeed's settings among them are changed.
+        checkpoint: folder to resume from.
+
+    Raises:
+        ValueError: it has no description that can be relied on.
+    """
+    universal = by_main(lambda: read(checkpoint)["universal"])
+    if args.hf_deepspeed_config is not None:
+        args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = universal

@@ -1,5 +1,6 @@
-"""The description beside a checkpoint: what was saved by this model with this selection is accepted, everything else is
-refused with the file and the difference, before anything is loaded.
+"""The description that commits a checkpoint: what was saved by this model with this selection is accepted, everything
+else is refused with the file and the difference, before anything is loaded. In one process, so nothing is shared out;
+tests/distributed has the same on ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from cases import build
 from torch import nn
 
 import lift_ds
-from lift_ds.checkpoint import DESCRIPTION, describe, verify
+from lift_ds.checkpoint import DESCRIPTION, Layout, commit, newest, verify, withdraw
+from lift_ds.manifest import read_sealed, write_sealed
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=4, target_modules=("tall", "wide", "square"))
 
@@ -26,21 +28,30 @@ def attached(**changes: Any) -> nn.Module:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    describe(attached(), tmp_path)
-    return tmp_path
+    return save(tmp_path)
+
+
+def save(folder: Path, **options: Any) -> Path:
+    """Write two files as a framework would, and commit them."""
+    (folder / "inner").mkdir(parents=True, exist_ok=True)
+    (folder / "inner" / "rank_0_states.pt").write_bytes(bytes(range(200)))
+    (folder / "trainer_state.json").write_text('{"global_step": 4}')
+    commit(attached(), folder, **options)
+    return folder
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path = directory / DESCRIPTION
-    content = json.loads(path.read_text())
+    content = read_sealed(path, 2)
     change(content)
-    path.write_text(json.dumps(content))
+    write_sealed(path, content)
 
 
 def test_same_model_and_settings_are_accepted(saved: Path) -> None:
     verify(attached(), saved)
     verify(attached(), str(saved))
-    assert [file.name for file in saved.iterdir()] == [DESCRIPTION]  # no half-written file is left
+    # No half-written file is left.
+    assert sorted(path.name for path in saved.iterdir()) == ["inner", DESCRIPTION, "trainer_state.json"]
 
 
 def test_description_says_what_was_trained(saved: Path) -> None:
@@ -54,7 +65,7 @@ def test_description_says_what_was_trained(saved: Path) -> None:
 
 
 def test_describing_again_replaces_the_description(saved: Path) -> None:
-    describe(attached(lra_rank=5), saved)
+    commit(attached(lra_rank=5), saved)
     verify(attached(lra_rank=5), saved)
 
 
@@ -98,7 +109,7 @@ def test_parameters_trained_beside_are_part_of_it(tmp_path: Path) -> None:
     def with_bias(extra: tuple[str, ...]) -> nn.Module:
         return lift_ds.attach(nn.Sequential(nn.Linear(8, 8)), lift_ds.LiftConfig(density=0.5, extra_trainable=extra))
 
-    describe(with_bias(()), tmp_path)
+    commit(with_bias(()), tmp_path)
     with pytest.raises(ValueError, match=r"saved with extra_trainable=\[\], this run has extra_trainable=\['bias'\]"):
         verify(with_bias(("bias",)), tmp_path)
 
@@ -116,8 +127,8 @@ def test_another_shape_is_refused(saved: Path) -> None:
 
 
 def test_another_format_is_refused(saved: Path) -> None:
-    edit(saved, lambda content: content.update(format=2))
-    with pytest.raises(ValueError, match=r"lift\.json: format 2, this version reads 1"):
+    edit(saved, lambda content: content.update(format=1))
+    with pytest.raises(ValueError, match=r"lift\.json: format 1, this version reads 2"):
         verify(attached(), saved)
 
 
@@ -134,7 +145,7 @@ def test_folder_without_description_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n "format": 1,\n', r"lift\.json:3: not valid JSON"),
+        ('{\n "format": 2,\n', r"lift\.json:3: not valid JSON"),
         ("", r"lift\.json:1: not valid JSON"),
         ("[]", r"lift\.json: needs a JSON object"),
         ("{}", r"lift\.json: not a description of a LIFT checkpoint"),
@@ -151,4 +162,105 @@ def test_model_without_lift_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="not attached to this Matrices"):
         verify(build("matrices"), saved)
     with pytest.raises(ValueError, match="not attached to this Matrices"):
-        describe(build("matrices"), saved)
+        commit(build("matrices"), saved)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (flip, "its content is not what was saved"),
+    "cut off": (cut, "bytes, it was saved with"),
+    "missing": (Path.unlink, "is missing, it was saved with"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["inner/rank_0_states.pt", "trainer_state.json"])
+def test_damaged_file_is_named(saved: Path, name: str, damage: str) -> None:
+    change, message = DAMAGES[damage]
+    change(saved / name)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        verify(attached(), saved)
+
+
+def test_every_flipped_bit_of_the_description_is_refused(saved: Path) -> None:
+    """It decides what the other files are compared with."""
+    path = saved / DESCRIPTION
+    whole = path.read_bytes()
+    model = attached()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        try:
+            verify(model, saved)
+        except ValueError:
+            continue
+        assert not damaged[position : position + 1].strip(), "only white space does not matter"
+
+
+def test_files_of_two_checkpoints_do_not_mix(tmp_path: Path) -> None:
+    first, second = save(tmp_path / "first"), tmp_path / "second"
+    (second / "inner").mkdir(parents=True)
+    (second / "inner" / "rank_0_states.pt").write_bytes(bytes(200))  # the same size
+    (second / "trainer_state.json").write_text('{"global_step": 8}')
+    commit(attached(), second)
+    (first / "inner" / "rank_0_states.pt").write_bytes((second / "inner" / "rank_0_states.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"rank_0_states\.pt: its content is not what was saved"):
+        verify(attached(), first)
+
+
+def test_foreign_states_are_refused_and_notes_are_not(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    verify(attached(), saved)
+    (saved / "inner" / "rank_1_states.pt").write_text("another rank's")
+    with pytest.raises(ValueError, match=r"rank_1_states\.pt was not saved with this checkpoint"):
+        verify(attached(), saved)
+
+
+def test_newest_whole_checkpoint_is_taken_and_the_others_named(tmp_path: Path) -> None:
+    folders = [save(tmp_path / f"step{step}") for step in (1, 2, 3)]
+    assert newest(folders).taken == "step3"
+    cut(folders[2] / "inner" / "rank_0_states.pt")
+    (tmp_path / "step4").mkdir()
+    choice = newest([*folders, tmp_path / "step4"])
+    assert choice.taken == "step2"
+    assert list(choice.passed_over) == ["step3", "step4"]
+    assert "rank_0_states.pt has 199 bytes, it was saved with 200" in str(choice)
+    assert "step4: lift.json is missing" in str(choice)
+    assert newest([]).taken is None
+
+
+def test_checkpoint_kept_apart_is_not_taken(tmp_path: Path) -> None:
+    folders = [save(tmp_path / "first"), save(tmp_path / "second", latest=False)]
+    assert newest(folders).taken == "first"
+
+
+def test_of_a_checkpoint_and_its_universal_copy_the_one_that_loads_is_taken(tmp_path: Path) -> None:
+    layout = Layout(ranks=4, zero_stage=2)
+    plain, universal = (save(tmp_path / name, step=8, layout=layout) for name in ("plain", "universal"))
+    written = read_sealed(plain / DESCRIPTION, 2)["written"]
+    edit(universal, lambda content: content.update(universal=True, written=written))
+    assert newest([plain, universal], layout).taken == "plain"
+    for other in (Layout(2, 2), Layout(4, 3)):
+        assert newest([plain, universal], other).taken == "universal"
+        with pytest.raises(ValueError, match=r"saved on 4 ranks in ZeRO stage 2, this run has .*lift_ds\.universal"):
+            verify(attached(), plain, other)
+        verify(attached(), universal, other)
+    verify(attached(), plain, layout)
+    with pytest.raises(ValueError, match="a universal checkpoint loads in ZeRO stage 1, 2 or 3"):
+        verify(attached(), universal, Layout(1, 0))
+
+
+def test_saving_over_a_checkpoint_takes_its_description_first(saved: Path) -> None:
+    withdraw(saved)
+    assert newest([saved]).taken is None
+    withdraw(saved)  # nothing to take

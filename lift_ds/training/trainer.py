@@ -1,0 +1,45 @@
+"""The Trainer of launch/train.py: TRL's, with saves that fail on all ranks together and in one line."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from lift_ds.failed_save import WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
+
+
+class CheckedTrainer(SFTTrainer):
+    """SFTTrainer whose `SaveError` names the checkpoint that could not be saved, the reason and the last whole one."""
+
+    _failures: list[SaveError]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._failures = []
+        with ExitStack() as stack:
+            if self.is_deepspeed_enabled:
+                self._failures = stack.enter_context(failures_kept(self.model_wrapped, folder))
+            try:
+                super()._save_checkpoint(model, trial)
+            except WRITER_ERRORS as error:
+                raise save_error(folder, error) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # The last thing in a save that the ranks do together is in here: from there on a failure has to be told.
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        except WRITER_ERRORS as error:
+            self._failures.append(save_error(output_dir, error))
+        stop_together(self._failures)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        try:
+            super()._save_rng_state(output_dir)
+        except WRITER_ERRORS as error:
+            self._failures.append(save_error(output_dir, error))
+        stop_together(self._failures)
