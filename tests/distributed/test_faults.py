@@ -19,7 +19,7 @@ from harness import LIMIT_SECONDS, WORKERS, rank_environment
 
 from lift_ds import watch
 
-#: "<signal> <where rank 1 meets it> <ZeRO stage>" -> what rank 0 names, as a pattern. Four kinds of collectives, the two ways to go.
+#: "<signal> <where rank 1 meets it> <ZeRO stage>" -> what rank 0 names, as a pattern.
 QUICK = {
     "SIGKILL forward 3": "forward of step 3",
     "SIGKILL backward 2": "backward of step 3",
