@@ -37,6 +37,7 @@ import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -230,7 +231,7 @@ def report(error: Exception) -> int:
         return FAILED
     where = watch.named_operation(error) or watch.current() or "what the Trainer does between steps"
     what = str(error).strip().splitlines()[0].split(". ")[0]
-    print(
+    tqdm.write(  # not into the line of a progress bar
         f"error: rank {dist.get_rank()}: another rank is gone or does not answer; noticed in {where}: "
         f"{what}. The same command with --resume_from_checkpoint auto continues",
         file=sys.stderr,
