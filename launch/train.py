@@ -48,7 +48,7 @@ from lift_ds import watch
 from lift_ds.demo import run as demo
 from lift_ds.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.training import arguments, launcher, loading, reporting, saving
+from lift_ds.training import arguments, finished, launcher, loading, reporting, saving
 from lift_ds.training.trainer import CheckedTrainer
 
 logger = get_logger()
@@ -206,7 +206,7 @@ def train(job: Job) -> None:
     """Train, evaluate again, save the plain model and say what came out."""
     trainer = job.trainer
     watch.begin("building the engine and loading the checkpoint")  # until the first forward
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    finished.train_what_is_left(trainer, job.checkpoint)
     after: dict[str, float] = {}
     if trainer.eval_dataset is not None:
         after = reporting.first_losses([trainer.evaluate()])

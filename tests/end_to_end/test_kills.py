@@ -122,9 +122,9 @@ def test_the_documented_command_goes_on_after_kills(material: Material, tmp_path
         with started(on_two_ranks(config, *command), tmp_path / f"life{number}") as launch:
             launch.wait_until(lambda before=before: newest_whole(output) > before)
             kill_some(launch, chance)
+            assert launch.process.wait(75) != 0
             _, left = psutil.wait_procs(launch.alive(), timeout=75)
             assert not left, f"still there: {left}{launch.said()}"
-            assert launch.process.wait(75) != 0
     finish(on_two_ranks(config, *command), tmp_path / "last")
     after, expected = load_like(output, whole.output)
     assert [name for name in expected if not torch.equal(after[name], expected[name])] == []
