@@ -17,7 +17,17 @@ DESCRIPTION = "lift.json"
 
 #: Settings that may differ between the run that saved and the run that resumes: they change how, not what.
 _FREE_SETTINGS = frozenset(
-    {"solver", "index_placement", "lr", "betas", "eps", "weight_decay", "refresh_interval", "stall_timeout"}
+    {
+        "solver",
+        "index_placement",
+        "refresh_memory_gib",
+        "refresh_interval",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "stall_timeout",
+    }
 )
 
 
