@@ -14,6 +14,7 @@ from lift_ds.layers import MANAGED_CLASSES, PRINCIPAL, PrincipalLayer, logical_s
 from lift_ds.logs import get_logger
 from lift_ds.principal import PrincipalSet
 from lift_ds.refresh import select
+from lift_ds.refresh_plan import tile_entries_for
 from lift_ds.targets import find_extra_parameters, find_targets, unmanaged_summary
 from lift_ds.zero.partitioned import gathered, is_partitioned, partition_like
 
@@ -105,7 +106,9 @@ def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Tens
     """Return θ [k] and I int32 [k] of a layer, whole on every rank."""
     with gathered([module.weight]):
         weight = module.weight.detach()
-        index = select(name, weight.to(_selection_device(weight)), config).to(weight.device)
+        rows, columns = weight.shape
+        tile = tile_entries_for(name, rows, columns, weight.element_size(), config)
+        index = select(name, weight.to(_selection_device(weight)), config, tile).to(weight.device)
         # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
         dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
         return weight.reshape(-1)[index.long()].to(dtype), index

@@ -39,7 +39,17 @@ _STATES = (".pt", ".pth", ".bin", ".safetensors")
 
 #: Settings that may differ between the run that saved and the run that resumes: they change how, not what.
 _FREE_SETTINGS = frozenset(
-    {"solver", "index_placement", "lr", "betas", "eps", "weight_decay", "refresh_interval", "stall_timeout"}
+    {
+        "solver",
+        "index_placement",
+        "refresh_memory_gib",
+        "refresh_interval",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+        "stall_timeout",
+    }
 )
 
 Folder = str | os.PathLike[str]

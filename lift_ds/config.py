@@ -44,6 +44,9 @@ class LiftConfig:
             of their dotted names ("bias", "norm.weight", "input_layernorm.weight").
         index_placement: in ZeRO stages 1 and 2 each rank holds 1/N of every index and backward gathers it ("sharded"),
             or all of it ("replicated": 2 bytes an entry on every rank, no traffic).
+        refresh_memory_gib: GiB a refresh may take on a rank beside what training holds (the largest matrix's low-rank
+            factors, tiles of W', the weight it receives in ZeRO-3); None sets no bound. A device's allocator may
+            reserve more than is in use.
         lr: learning rate, where no optimizer is given (Adam's other settings likewise).
         betas: decay rates of Adam's moments; the paper's are (0.9, 0.95).
         eps: term added to Adam's denominator.
@@ -63,6 +66,7 @@ class LiftConfig:
     target_modules: str | tuple[str, ...] | None = None
     extra_trainable: tuple[str, ...] = ()
     index_placement: str = "sharded"
+    refresh_memory_gib: float | None = None
     lr: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -75,6 +79,10 @@ class LiftConfig:
         _check_positive_int("refresh_interval", self.refresh_interval)
         _check_choice("solver", self.solver, SOLVERS)
         _check_choice("index_placement", self.index_placement, INDEX_PLACEMENTS)
+        if self.refresh_memory_gib is not None and not (
+            _is_number(self.refresh_memory_gib) and self.refresh_memory_gib > 0
+        ):
+            raise ValueError(f"refresh_memory_gib={self.refresh_memory_gib!r} is not a number above 0")
         # Frozen, so the normal forms (tuples, as JSON knows only lists) are set past __setattr__.
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
         object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))

@@ -83,6 +83,10 @@ class PrincipalLayer(nn.Module):
         """I, int32 [k], flat row-major positions in `weight`, ascending; where its words are whole."""
         return self.principal.index.positions()
 
+    def shape(self) -> torch.Size:
+        """Return [m, n], wherever W is."""
+        return logical_shape(self.weight)
+
     def entries(self) -> int:
         """Return k, wherever θ and I are."""
         return self.principal.index.entries

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from lift_ds import watch
 from lift_ds.attachment import Attachment
 from lift_ds.config import LiftConfig
-from lift_ds.layers import PrincipalLayer, logical_shape
-from lift_ds.logs import get_logger
-from lift_ds.selection import carry_over, deal_out, principal_indices, selection_cost
+from lift_ds.layers import PrincipalLayer
+from lift_ds.logs import get_logger, is_main_rank
+from lift_ds.refresh_plan import RefreshPlan, plan_refresh
+from lift_ds.selection import carry_over, principal_indices
 from lift_ds.store import PrincipalStore, Selection
 
 logger = get_logger()
@@ -32,14 +35,18 @@ logger = get_logger()
 #: Key in every parameter group that counts the applied steps: part of each optimizer checkpoint, whatever wraps it.
 APPLIED_STEPS = "lift_steps"
 
+#: A refresh that takes longer than this shows its progress.
+_PROGRESS_AFTER_SECONDS = 10.0
 
-def select(name: str, weight: Tensor, config: LiftConfig) -> Tensor:
+
+def select(name: str, weight: Tensor, config: LiftConfig, tile_entries: int) -> Tensor:
     """Select the principal indices of one managed weight.
 
     Args:
         name: dotted name of the layer, for the message of an error.
         weight: [m, n], whole.
         config: budget, rank and solver.
+        tile_entries: entries of W' that are formed at a time.
 
     Returns:
         int32 [k], ascending.
@@ -49,7 +56,9 @@ def select(name: str, weight: Tensor, config: LiftConfig) -> Tensor:
     """
     k = config.entries(*weight.shape)
     try:
-        return principal_indices(weight, k=k, lra_rank=config.lra_rank, solver=config.solver).int()
+        return principal_indices(
+            weight, k=k, lra_rank=config.lra_rank, solver=config.solver, tile_entries=tile_entries
+        ).int()
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
 
@@ -86,6 +95,7 @@ class Driver:
         optimizer: the innermost torch optimizer; its parameter groups carry the count of applied steps.
 
     Attributes:
+        plan: who selects in which matrix.
         reports: what the refreshes of this process did, oldest first.
     """
 
@@ -94,22 +104,14 @@ class Driver:
         self.store = store
         self._optimizer = optimizer
         self.reports: list[RefreshReport] = []
-        self._jobs = self._deal_out()
-        owner_of = {job: rank for rank, jobs in enumerate(self._jobs) for job in jobs}
-        self._owners = [owner_of[job] for job in range(len(attachment.layers))]
+        self.plan = self._plan()
         attachment.driver = self
 
-    def owned_by(self, rank: int) -> list[str]:
-        """Return the names of the layers that a rank selects in, longest job first."""
-        names = list(self.attachment.layers)
-        return [names[job] for job in self._jobs[rank]] if rank < len(self._jobs) else []
-
-    def _deal_out(self) -> list[list[int]]:
-        """For each rank the numbers of the layers it selects in, longest first."""
-        config = self.attachment.config
-        shapes = [logical_shape(layer.weight) for layer in self.attachment.layers.values()]
-        costs = [selection_cost(rows, columns, config.lra_rank, config.solver) for rows, columns in shapes]
-        return deal_out(costs, self.store.ranks)
+    def _plan(self) -> RefreshPlan:
+        layers = self.attachment.layers
+        shapes = {name: (rows, columns) for name, layer in layers.items() for rows, columns in [layer.shape()]}
+        itemsize = max(layer.weight.element_size() for layer in layers.values())
+        return plan_refresh(shapes, itemsize, self.attachment.config, self.store.ranks, collected=self.store.sharded)
 
     @property
     def applied_steps(self) -> int:
@@ -138,8 +140,8 @@ class Driver:
         start = time.perf_counter()
         selections, seconds = self._select()
         replaced = 0
-        for (name, layer), owner in zip(self.attachment.layers.items(), self._owners, strict=True):
-            selection = self.store.hand_out(layer, owner, selections.pop(name, None))
+        for name, layer in self.attachment.layers.items():
+            selection = self.store.hand_out(layer, self.plan.owner_of(name), selections.pop(name, None))
             replaced += self._carry(layer, selection)
         entries = self.attachment.entries()
         report = RefreshReport(
@@ -156,27 +158,33 @@ class Driver:
     def _select(self) -> tuple[dict[str, Selection], list[float]]:
         """Select in the matrices this rank owns; return them by name, and the seconds each rank took."""
         start = time.perf_counter()
-        layers = list(self.attachment.layers.items())
         selections: dict[str, Selection] = {}
         failure = ""
-        for round_ in itertools.zip_longest(*self._jobs):
-            mine: tuple[str, Tensor] | None = None
-            for owner, job in enumerate(round_):
-                if job is not None:
-                    name, layer = layers[job]
-                    weight = self.store.collect(layer, owner)
-                    if weight is not None and owner == self.store.rank:
-                        mine = name, weight
-            if mine is not None and not failure:
-                try:
-                    selections[mine[0]] = self._select_one(*mine)
-                except ValueError as error:  # the other ranks are to stop too, not to wait
-                    failure = str(error)
+        with _progress(len(self.attachment.layers)) as progress:
+            for round_ in itertools.zip_longest(*self.plan.jobs):
+                mine = self._collect(round_)
+                if mine is not None and not failure:
+                    try:
+                        selections[mine[0]] = self._select_one(*mine)
+                    except ValueError as error:  # the other ranks are to stop too, not to wait
+                        failure = str(error)
+                del mine  # before the next weight comes
+                progress.update(sum(name is not None for name in round_))
         return selections, self.store.agree(failure, time.perf_counter() - start)
+
+    def _collect(self, round_: Sequence[str | None]) -> tuple[str, Tensor] | None:
+        """Let each owner of a round have its weight; return this rank's, with its name."""
+        mine: tuple[str, Tensor] | None = None
+        for owner, name in enumerate(round_):
+            if name is not None:
+                weight = self.store.collect(self.attachment.layers[name], owner)
+                if weight is not None and owner == self.store.rank:
+                    mine = name, weight
+        return mine
 
     def _select_one(self, name: str, weight: Tensor) -> Selection:
         with watch.during(f"selecting in {name}"):
-            index = select(name, weight, self.attachment.config)
+            index = select(name, weight, self.attachment.config, self.plan.tile_entries[name])
         return self.store.choose(self.attachment.layers[name], weight, index)
 
     def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:
@@ -188,3 +196,14 @@ class Driver:
         state, replaced = carry_over(old_index, self.store.read_state(layer), index, current)
         self.store.replace(layer, selection.words, state)
         return replaced
+
+
+def _progress(matrices: int) -> tqdm:
+    return tqdm(
+        total=matrices,
+        desc="LIFT refresh",
+        unit="matrix",
+        delay=_PROGRESS_AFTER_SECONDS,
+        leave=False,
+        disable=not is_main_rank(),
+    )

@@ -27,3 +27,54 @@ def top_k_positions(scores: Tensor, k: int) -> Tensor:
     above = torch.nonzero(flat > threshold).squeeze(1)
     ties = torch.nonzero(flat == threshold).squeeze(1)[: k - above.numel()]
     return torch.cat([above, ties]).sort().values
+
+
+class RunningTopK:
+    """The k largest of scores that come piece by piece; the same as `top_k_positions` of all of them together.
+
+    Holds at most 2 k candidates and those of one piece. A candidate is dropped once k others are larger, or as large
+    and earlier.
+
+    Args:
+        k: how many, at least 1.
+        device: where the scores are.
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self._k = k
+        self._scores: list[Tensor] = []
+        self._positions: list[Tensor] = []
+        self._held = 0
+        self._seen = 0
+        self._threshold: Tensor | None = None
+        self._device = device
+
+    def add(self, scores: Tensor) -> None:
+        """Take the next piece; any shape, no NaN."""
+        flat = scores.reshape(-1)
+        if self._threshold is None:
+            positions = torch.arange(flat.numel(), dtype=torch.int32, device=self._device)
+        else:
+            positions = torch.nonzero(flat > self._threshold).squeeze(1).int()
+            flat = flat[positions]
+        self._scores.append(flat.clone() if self._threshold is None else flat)
+        self._positions.append(positions + self._seen)
+        self._held += flat.numel()
+        self._seen += scores.numel()
+        if self._held > 2 * self._k:
+            self._reduce()
+
+    def positions(self) -> Tensor:
+        """Return the flat positions of the k largest so far, int64 [k], ascending; at least k have been added."""
+        assert self._seen >= self._k, f"k={self._k} of {self._seen} entries"
+        if self._held > self._k:
+            self._reduce()
+        return torch.cat(self._positions).long()
+
+    def _reduce(self) -> None:
+        scores, positions = torch.cat(self._scores), torch.cat(self._positions)
+        self._scores, self._positions = [], []
+        best = top_k_positions(scores, self._k)  # candidates are in the order of their positions, so ties are right
+        scores = scores[best]
+        self._scores, self._positions, self._held = [scores], [positions[best]], self._k
+        self._threshold = scores.amin()

@@ -5,14 +5,16 @@ DeepSpeed adds attributes to such parameters (`ds_tensor` the shard, `ds_numel` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
 from torch import Tensor
 
@@ -44,7 +46,10 @@ def gathered_to(parameter: Any, owner: int) -> Tensor | None:
     """
     group = parameter.ds_process_group
     ranks, is_owner = comm.get_world_size(group=group), comm.get_rank(group=group) == owner
-    shard = parameter.ds_tensor.detach().to(get_accelerator().current_device_name())
+    with _shard(parameter, write=False) as held:
+        shard = held.detach().to(get_accelerator().current_device_name())
+        if held.final_location == OffloadDeviceEnum.nvme and shard.data_ptr() == held.data_ptr():
+            shard = shard.clone()  # its buffer is used again
     if ranks == 1:
         return shard[: parameter.ds_numel].view(parameter.ds_shape).clone()
     whole = torch.empty(ranks, shard.numel(), dtype=shard.dtype, device=shard.device) if is_owner else None
@@ -52,6 +57,29 @@ def gathered_to(parameter: Any, owner: int) -> Tensor | None:
     parts = [part.view(torch.uint8) for part in whole] if whole is not None else None
     comm.gather(shard.view(torch.uint8), parts, dst=comm.get_global_rank(group, owner), group=group)
     return None if whole is None else whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+@contextmanager
+def _shard(parameter: Any, *, write: bool) -> Iterator[Any]:
+    """This rank's shard of a partitioned parameter, in memory within the context also where it lives on NVMe.
+
+    Args:
+        parameter: a partitioned parameter.
+        write: whether the shard is changed within the context, and NVMe is to have it.
+    """
+    held = parameter.ds_tensor
+    on_nvme = held.final_location == OffloadDeviceEnum.nvme
+    swapped_in = False
+    if on_nvme and held.status is PartitionedParamStatus.INFLIGHT:
+        parameter.nvme_swapper.synchronize_reads()
+    elif on_nvme and held.status is PartitionedParamStatus.NOT_AVAILABLE:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+        swapped_in = True
+    yield held
+    if on_nvme and write:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
+    elif swapped_in:
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
 
 def partition_like(model_parameter: Any, parameters: Sequence[Tensor]) -> None:
@@ -70,6 +98,26 @@ def shard_range(parameter: Any) -> tuple[int, int]:
     return min(start, parameter.ds_numel), min(start + size, parameter.ds_numel)
 
 
+@contextmanager
+def own_part(parameter: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function that cuts this rank's part, padded, from a value every rank has whole.
+
+    Within the context the shard is in memory, as DeepSpeed's setters of local values ask for.
+
+    Args:
+        parameter: a partitioned parameter.
+    """
+    start, stop = shard_range(parameter)
+
+    def part_of(value: Tensor) -> Tensor:
+        part = value.new_zeros(parameter.ds_tensor.ds_numel)
+        part[: stop - start] = value.reshape(-1)[start:stop]
+        return part
+
+    with _shard(parameter, write=False):
+        yield part_of
+
+
 @torch.no_grad()
 def assign(parameter: Any, value: Tensor) -> None:
     """Set a parameter from a whole value every rank has: all of it, or this rank's shard; no collective runs.
@@ -82,7 +130,8 @@ def assign(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value.view_as(parameter))
         return
     start, stop = shard_range(parameter)
-    parameter.ds_tensor[: stop - start].copy_(value.reshape(-1)[start:stop])
+    with _shard(parameter, write=True) as shard:
+        shard[: stop - start].copy_(value.reshape(-1)[start:stop])
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
         parameter.copy_(value.view_as(parameter))
 
@@ -109,8 +158,8 @@ def put_values_in_shard(weight: Any, index: Tensor, values: Tensor, own: slice) 
         values: whole [k].
         own: the entries that lie in this rank's shard.
     """
-    shard = weight.ds_tensor
     positions = index[own].long() - shard_range(weight)[0]
-    shard.index_put_((positions.to(shard.device),), values[own].to(shard))
+    with _shard(weight, write=True) as shard:
+        shard.index_put_((positions.to(shard.device),), values[own].to(shard))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.view(-1).index_put_((index,), values.to(weight.dtype))

@@ -22,13 +22,15 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor
 
 from lift_ds.layers import PrincipalLayer
 from lift_ds.selection import PrincipalState
 from lift_ds.store import DenseStore, Selection, put_values
-from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_entries, put_values_in_shard
+from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_entries, own_part, put_values_in_shard
 from lift_ds.zero.sharded_index import ShardedIndex
 
 #: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
@@ -142,7 +144,9 @@ class PartitionedStateStore(_RankedStore):
 
     @torch.no_grad()
     def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
-        _write_full(layer, state)
+        safe_set_full_fp32_param(layer.principal_values, state.master)
+        for key in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(layer.principal_values, getattr(state, key), key)
         layer.principal_values.copy_(state.master)
         if self._index is None:
             layer.principal.index.words.copy_(words)
@@ -203,7 +207,11 @@ class PartitionedParameterStore(_RankedStore):
         return _read_full(layer)
 
     def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
-        _write_full(layer, state)
+        # DeepSpeed's setters of whole values refuse a number of entries that N does not divide.
+        with own_part(layer.principal_values) as part_of:
+            safe_set_local_fp32_param(layer.principal_values, part_of(state.master))
+            for key in ("exp_avg", "exp_avg_sq"):
+                safe_set_local_optimizer_state(layer.principal_values, part_of(getattr(state, key)), key)
         assign(layer.principal_values, state.master)
         assign(layer.principal.index.words, words)
         self._own.pop(layer, None)
@@ -246,10 +254,3 @@ def _read_full(layer: PrincipalLayer) -> PrincipalState:
     values = layer.principal_values
     moments = [safe_get_full_optimizer_state(values, key) for key in ("exp_avg", "exp_avg_sq")]
     return PrincipalState(*(tensor.view(-1) for tensor in (safe_get_full_fp32_param(values), *moments)))
-
-
-def _write_full(layer: PrincipalLayer, state: PrincipalState) -> None:
-    values = layer.principal_values
-    safe_set_full_fp32_param(values, state.master)
-    safe_set_full_optimizer_state(values, state.exp_avg, "exp_avg")
-    safe_set_full_optimizer_state(values, state.exp_avg_sq, "exp_avg_sq")

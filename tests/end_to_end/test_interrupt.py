@@ -70,11 +70,8 @@ def test_no_process_survives_a_signal(number: signal.Signals, send: Send, materi
         check_gone(launch, number, send, GONE_SECONDS)
 
 
-@pytest.mark.parametrize(
-    "number",
-    # The same end of the command, told by another signal; a launch each.
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGKILL))],
-)
+@pytest.mark.slow  # a launch each
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_survives_a_signal_to_the_command_alone(
     number: signal.Signals, material: Material, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
     reports = driver.reports
     engine.destroy()
     return {
-        "owned": driver.owned_by(dist.get_rank()),
+        "owned": driver.plan.jobs[dist.get_rank()],
         "outside": outside, "unwritten": unwritten, "frozen": frozen, "trained": trained, "dense_moved": dense_moved,
         "refreshes": [(r.step, r.matrices, r.churn) for r in reports],
     }  # fmt: skip
@@ -118,9 +118,8 @@ def partitioned_loading(folder: str) -> dict[str, Any]:
     assert partitioned.lm_head.weight.shape == (0,), "the model did not load partitioned"
     lift_ds.attach(partitioned, SETTINGS)
     found = engines.whole_indices(partitioned)
-    held = sum(
-        layer.principal.index.words.ds_tensor.numel() for layer in require_attachment(partitioned).layers.values()
-    )
+    indices = [layer.principal.index for layer in require_attachment(partitioned).layers.values()]
+    held, words = sum(i.words.ds_tensor.numel() for i in indices), sum(i.word_count() for i in indices)
     engine, _ = start(3, model=partitioned)
     losses = engines.train(engine, "llama", range(7))
     engine.destroy()

@@ -1,0 +1,67 @@
+"""What a refresh takes in memory beside what training holds, and how small its tiles must be to stay within a bound.
+
+Upper estimates, in bytes; `tests/unit/test_refresh_memory.py` holds them against the allocator.
+"""
+
+from __future__ import annotations
+
+from lift_ds.selection.tiles import TILE_ENTRIES
+
+#: Numbers a symmetric eigensolver holds per entry of its matrix: the matrix, the vectors, twice that as workspace.
+_EIGH = 4
+#: Bytes a candidate of the ranking takes: score, position, both once more where pieces are joined, and a mask.
+_CANDIDATE = 17
+#: Bytes per selected entry while the candidates are cut to k, and while master and moments are carried over.
+_CUT, _CARRY = 56, 72
+
+
+def selection_memory(
+    rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int, tile_entries: int = TILE_ENTRIES
+) -> int:
+    """Estimate the peak of selecting in one matrix, without the matrix itself.
+
+    Args:
+        rows: m.
+        columns: n.
+        k: entries selected.
+        lra_rank: r.
+        solver: one of `lift_ds.config.SOLVERS`.
+        itemsize: bytes of an entry of the weight.
+        tile_entries: entries of W' that are formed at a time.
+    """
+    number = max(4, itemsize)  # float64 stays, all else is computed in float32
+    tile = min(max(tile_entries, columns), rows * columns)
+    ranking = 3 * number * tile + _CANDIDATE * min(2 * k + tile, rows * columns) + _CUT * k
+    if lra_rank >= min(rows, columns):
+        return ranking
+    factors = 2 * number * lra_rank * (rows + columns)
+    return factors + max(_factoring(rows, columns, solver, number), ranking)
+
+
+def _factoring(rows: int, columns: int, solver: str, number: int) -> int:
+    short, entries = min(rows, columns), rows * columns
+    if solver == "svd":
+        return number * (4 * entries + 8 * short**2)
+    return number * (_EIGH * short**2 + 2 * min(TILE_ENTRIES, entries))
+
+
+def carry_memory(k: int) -> int:
+    """Estimate the peak of carrying master and moments of k entries over to a new index."""
+    return _CARRY * k
+
+
+def tile_entries_within(
+    bound: int, rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int
+) -> int | None:
+    """Return the largest tile with which selecting in a matrix stays within a bound; None where none does.
+
+    Args:
+        bound: bytes.
+        rows: m, and the other arguments as for `selection_memory`.
+    """
+    tile = TILE_ENTRIES
+    while selection_memory(rows, columns, k, lra_rank, solver, itemsize, tile) > bound:
+        if tile <= columns:
+            return None
+        tile = max(columns, tile // 2)
+    return tile
