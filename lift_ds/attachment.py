@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lift_ds.config import LiftConfig
-from lift_ds.layers import PrincipalLayer
+from lift_ds.layers import PRINCIPAL_KEYS, PrincipalLayer
 
 _ATTRIBUTE = "_lift_attachment"
 
@@ -112,6 +112,25 @@ def require_attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
+def leave_out_of_saved_models(model: nn.Module) -> None:
+    """Let `save_pretrained` write the plain model: the weights hold the trained values, θ and I stay in checkpoints.
+
+    Without DeepSpeed the Trainer resumes from the saved model, which then has to have them.
+
+    Args:
+        model: the model LIFT is attached to, or a wrapper of it.
+    """
+    for module in model.modules():
+        if _ATTRIBUTE in module.__dict__ and hasattr(module, "_keys_to_ignore_on_save"):
+            holder: Any = module
+            holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save or ()) | _principal_keys(holder)
+
+
+def _principal_keys(module: nn.Module) -> set[str]:
+    layers = module.__dict__[_ATTRIBUTE].layers
+    return {f"{name}.{key}" for name in layers for key in PRINCIPAL_KEYS}
+
+
 def record(model: nn.Module, attachment: Attachment) -> None:
     """Store an attachment with its model; its layers refer to it too."""
     model.__dict__[_ATTRIBUTE] = attachment
@@ -122,10 +141,14 @@ def record(model: nn.Module, attachment: Attachment) -> None:
 def erase(model: nn.Module) -> None:
     """Forget the attachment of a model."""
     for module in model.modules():
-        attachment = module.__dict__.pop(_ATTRIBUTE, None)
+        attachment = module.__dict__.get(_ATTRIBUTE)
         if attachment is not None:
             for handle in attachment.hooks:
                 handle.remove()
+            holder: Any = module
+            if getattr(holder, "_keys_to_ignore_on_save", None):
+                holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save) - _principal_keys(holder)
+            del module.__dict__[_ATTRIBUTE]
             for layer in attachment.layers.values():
                 del layer.__dict__["lift_attachment"]
             return

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: Name of the submodule with θ and I, and how the names of θ end.
 PRINCIPAL = "principal"
 VALUES = f"{PRINCIPAL}.values"
+#: Names of what a managed layer has more than a plain one, in its state dict.
+PRINCIPAL_KEYS = (VALUES, f"{PRINCIPAL}.index.words")
 
 
 class _PrincipalLinear(torch.autograd.Function):

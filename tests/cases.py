@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,8 @@ PARITY = lift_ds.LiftConfig(
     budget_rank=4, lra_rank=4, refresh_interval=20, solver="svd", lr=2e-4, betas=(0.9, 0.95), weight_decay=0.1
 )
 PARITY_STEPS = 60
+#: Numbers of entries that two ranks do not divide, and that do not fill the words of an index.
+PARITY_ODD = replace(PARITY, budget_rank=None, density=0.3)
 
 
 def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:

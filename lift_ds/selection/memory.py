@@ -41,7 +41,7 @@ def selection_memory(
 def _factoring(rows: int, columns: int, solver: str, number: int) -> int:
     short, entries = min(rows, columns), rows * columns
     if solver == "svd":
-        return number * (4 * entries + 8 * short**2)
+        return number * (3 * entries + 5 * short**2)
     return number * (_EIGH * short**2 + 2 * min(TILE_ENTRIES, entries))
 
 

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from lift_ds import watch
-from lift_ds.attachment import Attachment, require_attachment
+from lift_ds.attachment import Attachment, leave_out_of_saved_models, require_attachment
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver
@@ -64,6 +64,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
             optimizer.optimizer.step_with(_cpu_adam(optimizer.optimizer))
+    leave_out_of_saved_models(model)
     _run_after_applied_steps(optimizer, driver)
     optimizer.driver = driver
     follow_training(model, optimizer, driver)

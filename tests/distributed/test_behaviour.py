@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 from harness import run_ranks
@@ -93,6 +94,38 @@ def test_zero2_keeps_no_dense_gradient_and_no_dense_state(ranks: list[Results]) 
             large = [size for size in run[moment] if size > flat]
             assert len(large) <= 1, f"alive {moment}: {large}"
             assert sum(run[moment]) < sum(run["weights"]) / 2
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_index_is_gathered_once_a_backward_and_a_layer_ahead(
+    ranks: list[Results], stage: int, accumulation: int
+) -> None:
+    """The first step learns the order; the one with a refresh (the third) gathers the old index once more."""
+    for rank in ranks:
+        run = rank[f"index sharded stage {stage} accumulation {accumulation}"]
+        once = run["layers"] * accumulation
+        assert [step["gathers"] for step in run["steps"]] == [once, once, once + run["layers"], once]
+        assert [step["uses"] for step in run["steps"]] == [once] * 4
+        assert [step["ahead"] for step in run["steps"]] == [0, once - 1, once - 1, once - 1]
+
+
+def test_between_steps_each_rank_holds_its_part_of_the_index(ranks: list[Results]) -> None:
+    for rank in ranks:
+        run = rank["index sharded stage 2 accumulation 1"]
+        assert run["whole"] == 0
+        assert 0 <= run["shards"] - run["words"] / 2 <= run["layers"]  # at most a word of padding each
+
+
+def test_a_replicated_index_needs_no_traffic(ranks: list[Results]) -> None:
+    for rank in ranks:
+        run = rank["index replicated"]
+        assert [step["gathers"] for step in run["steps"]] == [0] * 4
+        assert run["whole"] == run["words"] > 0
+
+
+def test_a_model_saved_in_training_is_a_plain_one(ranks: list[Results]) -> None:
+    assert ranks[0]["saved"] == set(cases.build("llama").state_dict())
 
 
 RESUMES = [f"resume stage {stage} after {cut}" for stage in (2, 3) for cut in (2, 3, 4)]

@@ -15,6 +15,7 @@ import torch
 from harness import run_ranks
 from torch import Tensor
 
+import lift_ds
 from lift_ds.reference import ReferenceLift
 
 TOLERANCE = 1e-6
@@ -36,19 +37,19 @@ def reference() -> dict[str, dict[str, Any]]:
     return {kind: train_reference(kind) for kind in ("llama", "matrices")}
 
 
-def train_reference(kind: str) -> dict[str, Any]:
+def train_reference(kind: str, settings: lift_ds.LiftConfig = cases.PARITY) -> dict[str, Any]:
     model = cases.build(kind).requires_grad_(False)
     weights = cases.managed_weights(model, kind)
     for weight in weights.values():
         weight.requires_grad_(True)
-    reference = ReferenceLift(weights, cases.PARITY)
+    reference = ReferenceLift(weights, settings)
     losses, indices = [], []
     for step in range(cases.PARITY_STEPS):
         loss = cases.loss_of(model, kind, step)
         loss.backward()
         reference.step()
         losses.append(loss.item())
-        if (step + 1) % cases.PARITY.refresh_interval == 0:
+        if (step + 1) % settings.refresh_interval == 0:
             indices.append(reference.indices())
     return {"losses": losses, "indices": indices, "weights": {name: w.detach() for name, w in weights.items()}}
 
@@ -89,6 +90,23 @@ def test_reference_selection_moves_in_the_parity_runs(reference: dict[str, Any])
     for run in reference.values():
         first, last = run["indices"][0], run["indices"][-1]
         assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_replicated_index_trains_the_same_to_the_bit(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in two_ranks:
+        sharded, replicated = rank[f"sharded stage {stage}"], rank[f"replicated stage {stage}"]
+        assert sharded["losses"] == replicated["losses"]
+        for kind in ("weights", "indices"):
+            ours, theirs = (run[kind] if kind == "weights" else run[kind][-1] for run in (sharded, replicated))
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_numbers_of_entries_that_the_ranks_do_not_divide(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    entries = [cases.PARITY_ODD.entries(*shape) for shape in cases.Matrices.SHAPES.values()]
+    assert any(k % 2 for k in entries)
+    assert_same_training(two_ranks[0][f"odd stage {stage}"], train_reference("matrices", cases.PARITY_ODD))
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import deepspeed
 import engines
 import torch
 import torch.distributed as dist
+from deepspeed import comm
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
@@ -67,7 +70,7 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
     reports = driver.reports
     engine.destroy()
     return {
-        "owned": driver.plan.jobs[dist.get_rank()],
+        "owned": driver.plan.jobs[dist.get_rank()] if stage else [],
         "outside": outside, "unwritten": unwritten, "frozen": frozen, "trained": trained, "dense_moved": dense_moved,
         "refreshes": [(r.step, r.matrices, r.churn) for r in reports],
     }  # fmt: skip
@@ -172,6 +175,55 @@ def memory() -> dict[str, Any]:
     }
     engine.destroy()
     return result
+
+
+def index_traffic(stage: int, placement: str, accumulation: int) -> dict[str, Any]:
+    """Four steps and their refresh: gathers of int32 words a step, words held between steps, gathers begun ahead."""
+    settings = replace(SETTINGS, index_placement=placement)
+    model = cases.build("llama")
+    engine = engines.lift_engine(model, engines.ds_config(stage, accumulation=accumulation), settings)
+    layers = require_attachment(model).layers
+    gathers, ahead = [], []
+    real = comm.all_gather_into_tensor
+
+    def counted(output: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        gathers.append(output.dtype == torch.int32)
+        return real(output, *arguments, **options)
+
+    sharded = engine.optimizer.driver.store._index
+    for layer in layers.values():
+        layer.principal.index.register_forward_hook(lambda *_: ahead.append(len(sharded._in_flight) if sharded else 0))
+    comm.all_gather_into_tensor = counted
+    try:
+        a_step = []
+        for step in range(4):
+            gathers.clear(), ahead.clear()
+            engines.train(engine, "llama", range(step, step + 1), accumulation=accumulation)
+            a_step.append({"gathers": sum(gathers), "ahead": sum(ahead), "uses": len(ahead)})
+    finally:
+        comm.all_gather_into_tensor = real
+    indices = [layer.principal.index for layer in layers.values()]
+    result = {
+        "steps": a_step,
+        "layers": len(layers),
+        "whole": sum(index.words.numel() for index in indices),
+        "words": sum(index.word_count() for index in indices),
+        "shards": 0 if sharded is None else sum(shard.numel() for shard in sharded._shards.values()),
+    }
+    engine.destroy()
+    return result
+
+
+def saved_by_transformers(stage: int, folder: str) -> set[str]:
+    """The keys that `save_pretrained` writes of a model in training."""
+    engine, model = start(stage)
+    engines.train(engine, "llama", range(1))
+    path = f"{folder}/saved{stage}"
+    if dist.get_rank() == 0:
+        model.save_pretrained(path)
+    dist.barrier()
+    engine.destroy()
+    return set(load_file(f"{path}/model.safetensors"))
 
 
 def resume(stage: int, cut: int, folder: str, *, in_place: bool = False, **options: Any) -> dict[str, Any]:
@@ -293,6 +345,13 @@ if __name__ == "__main__":
         results[f"resume offload stage {stage}"] = resume(stage, 4, folder, offload=True)
     for stage in (1, 3):
         results[f"resume in place stage {stage}"] = resume(stage, 4, folder, in_place=True)
+    for stage in (1, 2):
+        for accumulation in (1, 2):
+            results[f"index sharded stage {stage} accumulation {accumulation}"] = index_traffic(
+                stage, "sharded", accumulation
+            )
+    results["index replicated"] = index_traffic(2, "replicated", 1)
+    results["saved"] = saved_by_transformers(2, folder)
     results["resume bf16 stage 1"] = resume(1, 4, folder, bf16=True)
     results["partitioned loading"] = partitioned_loading(folder)
     results["shipped files"] = shipped_files()

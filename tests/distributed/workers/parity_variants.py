@@ -1,8 +1,11 @@
-"""The parity case with offload, accumulation, clipping and bf16; saves what `parity` saves."""
+"""The parity case with offload, accumulation, clipping, bf16, a replicated index and odd numbers of entries; saves what
+`parity` saves.
+"""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,12 @@ if __name__ == "__main__":
     for stage in (2, 3):
         results[f"offload stage {stage}"] = run("llama", stage, offload=True)
         results[f"accumulation stage {stage}"] = run("llama", stage, accumulation=2)
+    for stage in (1, 2):
+        settings = replace(cases.PARITY, index_placement="replicated")
+        results[f"replicated stage {stage}"] = run("llama", stage, settings=settings)
+        results[f"sharded stage {stage}"] = run("llama", stage)
+    for stage in (2, 3):
+        results[f"odd stage {stage}"] = run("matrices", stage, settings=cases.PARITY_ODD)
     for stage in (0, 2, 3):
         results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
     for stage in range(4):

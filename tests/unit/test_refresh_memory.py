@@ -1,0 +1,120 @@
+"""Pins down that a refresh stays within its bound on memory: the estimates are not below what the allocator counts, nor
+far above it; tiles do not change a selection; a bound that cannot be kept is refused with what would be enough.
+
+The estimates are upper bounds of temporaries whose lifetimes depend on the version of torch: up to three times as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cases
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import lift_ds
+from lift_ds.refresh_plan import plan_refresh
+from lift_ds.selection import PrincipalState, carry_over
+from lift_ds.selection.memory import carry_memory, selection_memory, tile_entries_within
+from lift_ds.selection.topk import RunningTopK, top_k_positions
+
+SHAPES = [(256, 1024), (1024, 256), (512, 512)]
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most that an action holds at a time, counted by torch's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0, "nothing was recorded"
+    return peak
+
+
+@pytest.mark.parametrize("solver", ["gram", "svd"])
+@pytest.mark.parametrize(("dtype", "tile_entries"), [(torch.float32, 2**24), (torch.bfloat16, 2**14)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_selecting_takes_no_more_than_estimated(
+    shape: tuple[int, int], dtype: torch.dtype, tile_entries: int, solver: str
+) -> None:
+    rows, columns = shape
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for k in (rows * columns // 20, rows * columns // 3):
+        estimate = selection_memory(rows, columns, k, 32, solver, weight.element_size(), tile_entries)
+        peak = peak_bytes(
+            lambda k=k: lift_ds.selection.principal_indices(  # type: ignore[misc]
+                weight, k=k, lra_rank=32, solver=solver, tile_entries=tile_entries
+            )
+        )
+        assert estimate / 3 < peak <= estimate
+
+
+def test_carrying_over_takes_no_more_than_estimated() -> None:
+    k = 50_000
+    old, new = (torch.randperm(10**6)[:k].sort().values.int() for _ in range(2))
+    state, current = PrincipalState(*(torch.randn(k) for _ in range(3))), torch.randn(k)
+    held = 3 * 4 * k  # the state itself, gathered
+    assert carry_memory(k) / 3 < peak_bytes(lambda: carry_over(old, state, new, current)) + held <= carry_memory(k)
+
+
+@pytest.mark.parametrize("solver", ["gram", "svd"])
+def test_tiles_do_not_change_a_selection(solver: str) -> None:
+    weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole = lift_ds.principal_indices(weight, k=700, lra_rank=9, solver=solver)
+    for tile_entries in (1, 131, 1000, 5000):
+        tiled = lift_ds.principal_indices(weight, k=700, lra_rank=9, solver=solver, tile_entries=tile_entries)
+        assert torch.equal(tiled, whole)
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 119, 120])
+def test_the_largest_of_pieces_are_the_largest_of_all(k: int) -> None:
+    """With many ties, of which the first are taken."""
+    generator = torch.Generator().manual_seed(k)
+    for _ in range(20):
+        scores = torch.randint(0, 6, (120,), generator=generator).float()
+        pieces = scores.split(torch.randint(1, 40, (1,), generator=generator).item())
+        running = RunningTopK(k, scores.device)
+        for piece in pieces:
+            running.add(piece)
+        assert torch.equal(running.positions(), top_k_positions(scores, k))
+
+
+def test_the_largest_tile_within_the_bound_is_taken() -> None:
+    matrix = (2048, 4096, 400_000, 2048, "gram", 2)  # the rank is the whole: nothing is factored
+    least = selection_memory(*matrix, tile_entries=4096)
+    assert tile_entries_within(least - 1, *matrix) is None
+    assert tile_entries_within(least, *matrix) == 4096
+    roomy = selection_memory(*matrix, tile_entries=2**24)
+    assert tile_entries_within(roomy, *matrix) == 2**24
+    between = tile_entries_within((least + roomy) // 2, *matrix)
+    assert between is not None
+    assert 4096 < between < 2**24
+
+
+def test_a_bound_that_cannot_be_kept_is_refused_with_what_is_needed() -> None:
+    config = lift_ds.LiftConfig(density=0.1, lra_rank=8, refresh_memory_gib=1e-6)
+    with pytest.raises(ValueError, match=r"refresh_memory_gib=1e-06: refreshing model\.layers\.0.* needs at least \d"):
+        lift_ds.attach(cases.small_llama(), config)
+
+
+def test_a_copy_of_the_weight_counts_where_it_is_collected() -> None:
+    config = lift_ds.LiftConfig(density=0.1, lra_rank=8, refresh_memory_gib=0.009)
+    shapes = {"a": (512, 1024)}
+    plan_refresh(shapes, 4, config, ranks=2, collected=False)
+    with pytest.raises(ValueError, match="refresh_memory_gib"):
+        plan_refresh(shapes, 4, config, ranks=2, collected=True)
+
+
+def test_no_rank_selects_more_than_its_share_and_one_matrix() -> None:
+    shapes = {f"layer{i}.{name}": shape for i in range(5) for name, shape in {"q": (64, 64), "up": (170, 64)}.items()}
+    config = lift_ds.LiftConfig(density=0.1, lra_rank=8)
+    for ranks in (1, 2, 3, 4, 16):
+        plan = plan_refresh(shapes, 2, config, ranks, collected=True)
+        assert sorted(name for jobs in plan.jobs for name in jobs) == sorted(shapes)
+        entries = [sum(shapes[name][0] * shapes[name][1] for name in jobs) for jobs in plan.jobs]
+        assert max(entries) <= sum(entries) / ranks + 170 * 64
+        assert all(name in plan.jobs[plan.owner_of(name)] for name in shapes)
