@@ -15,10 +15,12 @@ import os
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 # DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun does not set it.
 os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -35,22 +37,25 @@ import torch.distributed as dist
 import transformers
 from datasets import Dataset
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lift_ds
 import lift_ds.checkpoint
 import lift_ds.trainer
+from lift_ds import watch
 from lift_ds.demo import run as demo
 from lift_ds.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.training import arguments, loading, reporting, saving
+from lift_ds.training import arguments, finished, launcher, loading, reporting, saving
 from lift_ds.training.trainer import CheckedTrainer
 
 logger = get_logger()
 
-#: Exit codes: settings or data that cannot be used; a checkpoint or the model that could not be saved; Ctrl-C.
-REFUSED, UNSAVED, INTERRUPTED = 2, 74, 130
+#: Exit codes: an error; settings or data that cannot be used; a checkpoint or the model that could not be saved;
+#: Ctrl-C. For a lost rank see `lift_ds.watch`.
+FAILED, REFUSED, UNSAVED, INTERRUPTED = 1, 2, 74, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
@@ -80,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     speak_on_one_rank()
+    launcher.end_with_command()
     try:
         try:
             job = set_up(argv)
@@ -88,14 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(job)
         return 0
     except SaveError as error:
-        # Other ranks may be waiting in a collective, so an orderly end could wait for ever.
-        os._exit(refuse(error, UNSAVED))
+        leave(report(error) if watch.is_lost_rank(error) else refuse(error, UNSAVED))
     except KeyboardInterrupt:
         if is_main_rank():
-            print("interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
+            print("interrupted", file=sys.stderr)
+        leave(INTERRUPTED)
+    except Exception as error:
+        if not has_peers():
+            raise
+        leave(report(error))
     finally:
         if dist.is_initialized():
+            watch.begin("leaving the process group")
             dist.destroy_process_group()
 
 
@@ -122,6 +132,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    watch.start(config.stall_timeout)
     checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
     if checkpoint is not None and script.method == "lift":
         loading.load_as_saved(args, checkpoint)
@@ -194,7 +205,8 @@ def make_trainer(
 def train(job: Job) -> None:
     """Train, evaluate again, save the plain model and say what came out."""
     trainer = job.trainer
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    watch.begin("building the engine and loading the checkpoint")  # until the first forward
+    finished.train_what_is_left(trainer, job.checkpoint)
     after: dict[str, float] = {}
     if trainer.eval_dataset is not None:
         after = reporting.first_losses([trainer.evaluate()])
@@ -205,7 +217,8 @@ def train(job: Job) -> None:
     model: PreTrainedModel | PeftModel = trainer.model
     folder = str(job.args.output_dir)
     try:
-        tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+        with watch.during("saving the trained model", whole=True):
+            tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
     except WRITER_ERRORS as error:
         raise save_error(folder, error, "model") from error
     if not is_main_rank():
@@ -216,6 +229,33 @@ def train(job: Job) -> None:
     if job.demo_base is not None:
         unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
         print(demo.answer_one(folder, job.demo_base))
+
+
+def has_peers() -> bool:
+    """Tell whether other ranks take part in this run."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong on this rank, in one line where it is that another rank is gone; give the exit code."""
+    if not watch.is_lost_rank(error):
+        traceback.print_exception(error)
+        return FAILED
+    where = watch.named_operation(error) or watch.current() or "what the Trainer does between steps"
+    what = str(error).strip().splitlines()[0].split(". ")[0]
+    tqdm.write(  # not into the line of a progress bar
+        f"error: rank {dist.get_rank()}: another rank is gone or does not answer; noticed in {where}: "
+        f"{what}. The same command with --resume_from_checkpoint auto continues",
+        file=sys.stderr,
+    )
+    return watch.LOST_RANK
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now: others may be waiting in a collective, or be gone, and an orderly end wait for them."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def refuse(error: Exception, code: int = REFUSED) -> int:

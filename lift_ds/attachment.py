@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PRINCIPAL_KEYS, PrincipalLayer
@@ -26,6 +27,7 @@ class Attachment:
         gradient_seen: whether a gradient reached a principal value since the last applied step.
         backwards: how often a gradient reached a layer before the first applied step.
         step_seen: whether a step has been applied.
+        hooks: on the model, for as long as LIFT is attached.
     """
 
     config: LiftConfig
@@ -36,6 +38,7 @@ class Attachment:
     gradient_seen: bool = False
     backwards: int = 0
     step_seen: bool = False
+    hooks: list[RemovableHandle] = field(default_factory=list)
 
     def note_backward(self, layer: PrincipalLayer, index: Tensor) -> None:
         """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
@@ -140,6 +143,8 @@ def erase(model: nn.Module) -> None:
     for module in model.modules():
         attachment = module.__dict__.get(_ATTRIBUTE)
         if attachment is not None:
+            for handle in attachment.hooks:
+                handle.remove()
             holder: Any = module
             if getattr(holder, "_keys_to_ignore_on_save", None):
                 holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save) - _principal_keys(holder)

@@ -52,6 +52,7 @@ _FREE_SETTINGS = frozenset(
         "betas",
         "eps",
         "weight_decay",
+        "stall_timeout",
     }
 )
 

@@ -51,6 +51,8 @@ class LiftConfig:
         betas: decay rates of Adam's moments; the paper's are (0.9, 0.95).
         eps: term added to Adam's denominator.
         weight_decay: decoupled weight decay of the principal values.
+        stall_timeout: seconds that a forward, a backward, a step, a part of a refresh, a save or a load may last on
+            several ranks before the rank takes another one for lost and ends; None for any time.
 
     Raises:
         ValueError: for a setting that is out of range, naming it, its value and what would be valid.
@@ -69,6 +71,7 @@ class LiftConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    stall_timeout: float | None = 1800.0
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -87,6 +90,7 @@ class LiftConfig:
         _check_number("lr", self.lr, 0.0, math.inf)
         _check_number("eps", self.eps, 0.0, math.inf)
         _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
+        _check_stall_timeout(self.stall_timeout)
 
     def _check_budget(self) -> None:
         if (self.budget_rank is None) == (self.density is None):
@@ -222,6 +226,11 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     if not (_is_number(value) and low <= value < high):
         raise ValueError(f"{name}={value!r} is not a number of at least {low:g} and below {high:g}")
+
+
+def _check_stall_timeout(value: object) -> None:
+    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"stall_timeout={value!r} is not a number of seconds above 0, or null for any time")
 
 
 def _betas(value: object) -> tuple[float, float]:

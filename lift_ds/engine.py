@@ -19,6 +19,7 @@ from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW
 from lift_ds.zero.facade import bind
 from lift_ds.zero.partitioned import is_partitioned
+from lift_ds.zero.watched import follow_engine
 
 logger = get_logger()
 
@@ -70,6 +71,7 @@ def initialize(
     )
     bind(model, engine.optimizer)
     commit_and_verify(engine)
+    follow_engine(engine)
     return engine, ds_optimizer, loader, schedule
 
 

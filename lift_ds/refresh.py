@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from lift_ds import watch
 from lift_ds.attachment import Attachment
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer
@@ -128,7 +129,8 @@ class Driver:
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
         if steps % self.attachment.config.refresh_interval == 0:
-            self._refresh(steps)
+            with watch.during(f"refresh at step {steps}"):
+                self._refresh(steps)
 
     def step_skipped(self) -> None:
         """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""
@@ -181,7 +183,8 @@ class Driver:
         return mine
 
     def _select_one(self, name: str, weight: Tensor) -> Selection:
-        index = select(name, weight, self.attachment.config, self.plan.tile_entries[name])
+        with watch.during(f"selecting in {name}"):
+            index = select(name, weight, self.attachment.config, self.plan.tile_entries[name])
         return self.store.choose(self.attachment.layers[name], weight, index)
 
     def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lift_ds import checkpoint
@@ -19,11 +19,12 @@ from lift_ds.checkpoint import Layout
 from lift_ds.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import by_main
 from lift_ds.refresh import Driver
+from lift_ds.saves import WatchedSaves
 from lift_ds.zero.facade import bind
 from lift_ds.zero.universal import restore
 
 
-class LiftCallback(TrainerCallback):
+class LiftCallback(WatchedSaves):
     """Makes a Trainer train the principal weights of a model that `attach` has prepared.
 
     With DeepSpeed or without, with LiftAdamW or the Trainer's own AdamW (both hold the principal values as ordinary
@@ -67,6 +68,7 @@ class LiftCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self._driver is not None
+        super().on_step_end(args, state, control)
         self._clear_the_way(args, state, control)
         for report in self._driver.reports[self._reported :]:
             state.log_history.append(
@@ -77,6 +79,7 @@ class LiftCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        super().on_epoch_end(args, state, control)
         self._clear_the_way(args, state, control)
 
     def on_save(
@@ -93,11 +96,13 @@ class LiftCallback(TrainerCallback):
         except (*WRITER_ERRORS, ValueError) as error:
             raise save_error(directory, error) from error
         self._rotations.run()
+        super().on_save(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._rotations.release()
+        super().on_train_end(args, state, control)
 
     def _clear_the_way(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """A folder that is about to be written into is no whole checkpoint any more."""

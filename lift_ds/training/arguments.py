@@ -26,7 +26,7 @@ _PRESETS = ", ".join(TARGET_PRESETS)
 _TARGETS_HELP = f"Linear layers to train (lift, lora), by name, or a preset: {_PRESETS}. Default: all but the head."
 
 #: Flags that override the setting of the same name in the "lift" block.
-LIFT_FLAGS = ("budget_rank", "density", "lra_rank", "refresh_interval", "solver", "target_modules")
+LIFT_FLAGS = ("budget_rank", "density", "lra_rank", "refresh_interval", "solver", "target_modules", "stall_timeout")
 
 Values = dict[str, Any]
 Arguments = TypeVar("Arguments")
@@ -61,6 +61,7 @@ class ScriptArguments:
     refresh_interval: int | None = _flag("LIFT: optimizer steps between two selections.")
     solver: str | None = _flag("LIFT: how the low-rank approximation is computed.")
     target_modules: list[str] | None = field(default=None, metadata={"help": _TARGETS_HELP})
+    stall_timeout: float | None = _flag("Seconds without progress after which a rank takes another one for lost.")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from lift_ds import watch
 from lift_ds.attachment import Attachment, leave_out_of_saved_models, require_attachment
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
@@ -26,6 +27,7 @@ from lift_ds.refresh import Driver
 from lift_ds.store import PrincipalStore
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
+from lift_ds.zero.watched import follow_training, watched_store
 
 logger = get_logger()
 
@@ -47,14 +49,17 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
     attachment = require_attachment(model)
     driver = getattr(optimizer, "driver", None)
     if isinstance(driver, Driver) and driver.attachment is attachment:
+        if not attachment.hooks:  # a LiftAdamW that drives itself
+            follow_training(model, optimizer, driver)
         return driver
     _require_values(attachment, optimizer)
     _warn_if_dropped(attachment, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         driver, _ = drive_plain(optimizer, attachment)
         optimizer.driver = driver  # type: ignore[attr-defined]
+        follow_training(model, optimizer, driver)
         return driver
-    driver = Driver(attachment, _store_for(optimizer, attachment), optimizer.optimizer)
+    driver = Driver(attachment, watched_store(_store_for(optimizer, attachment), attachment), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
@@ -62,6 +67,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
     leave_out_of_saved_models(model)
     _run_after_applied_steps(optimizer, driver)
     optimizer.driver = driver
+    follow_training(model, optimizer, driver)
     return driver
 
 
@@ -164,11 +170,12 @@ def _run_after_applied_steps(wrapper: Any, driver: Driver) -> None:
     step = wrapper.step
 
     def step_and_drive(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        if getattr(self, "overflow", False):
-            driver.step_skipped()
-        else:
-            driver.step_applied()
+        with watch.during(f"step {driver.applied_steps + 1}", whole=True):
+            result = step(*args, **kwargs)
+            if getattr(self, "overflow", False):
+                driver.step_skipped()
+            else:
+                driver.step_applied()
         return result
 
     # A bound method: learning-rate schedulers of torch rebind `optimizer.step` to its owner.

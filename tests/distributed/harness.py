@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from segments import free_port, remove_segments
 
 WORKERS = Path(__file__).parent / "workers"
 
@@ -41,16 +42,20 @@ def run_ranks(worker: str, world_size: int, folder: Path, *arguments: str) -> li
     Returns:
         What each rank saved, in the order of the ranks.
     """
+    port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={world_size}"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(WORKERS / f"{worker}.py"), str(folder)]
-    result = subprocess.run(
-        [*command, *arguments],
-        env=rank_environment(world_size),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", str(WORKERS / f"{worker}.py"), str(folder)]
+    try:
+        result = subprocess.run(
+            [*command, *arguments],
+            env=rank_environment(world_size),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+    finally:
+        remove_segments(port)
     assert result.returncode == 0, (
         f"{worker} on {world_size} ranks failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from segments import free_port, remove_segments
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
@@ -36,14 +36,14 @@ class Launch:
 
     def __init__(self, command: Sequence[str], folder: Path, **variables: str) -> None:
         self.mark = uuid.uuid4().hex
-        self.folder = folder
+        self.folder, self.command = folder, list(command)
         folder.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join([str(BIN), os.environ["PATH"]])
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo", **variables, _MARK: self.mark}
         with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
             self.process = subprocess.Popen(
-                list(command),
+                self.command,
                 cwd=REPOSITORY,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -82,11 +82,13 @@ class Launch:
         return f"\n{self.stdout[-4000:]}\n{self.stderr[-8000:]}"
 
     def end(self) -> None:
-        """Kill what is left."""
+        """Kill what is left, and remove the shared memory that the ranks leave."""
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.process.wait(10)
+        if "--master_port" in self.command:
+            remove_segments(self.command[self.command.index("--master_port") + 1])
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,7 @@ def started(command: Sequence[str], folder: Path, **variables: str) -> Iterator[
 
 def on_two_ranks(config: Path, *flags: object) -> list[str]:
     """Return the command line of a launch on two ranks."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(port), str(TRAIN)]
+    command = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), str(TRAIN)]
     return [*command, "--deepspeed", str(config), *map(str, flags)]
 
 

@@ -30,6 +30,19 @@ def test_zero2_resumes_to_the_bit(eight_steps: Finished, material: Material, tmp
     check_resumed("lift_zero2.json", eight_steps, material, tmp_path)
 
 
+@pytest.mark.slow  # a launch of its own
+def test_resuming_at_the_end_takes_no_step_more(eight_steps: Finished, material: Material, tmp_path: Path) -> None:
+    """As after a kill between the last checkpoint and the end; a ninth step would bring a refresh and a loss."""
+    flags = material.flags(
+        tmp_path / "out", *EIGHT_STEPS, "--resume_from_checkpoint", eight_steps.output / "checkpoint-8"
+    )
+    resumed = finish(on_two_ranks(CONFIGS / "lift_zero2.json", *flags), tmp_path)
+    assert resumed.refreshes() == []
+    assert "{'loss': " not in resumed.stdout
+    after, expected = load_like(resumed.output, eight_steps.output)
+    assert [name for name in expected if not torch.equal(after[name], expected[name])] == []
+
+
 @pytest.mark.slow  # two more launches, of the stage whose state access differs; tests/distributed resumes it too
 def test_zero3_resumes_to_the_bit(material: Material, tmp_path: Path) -> None:
     config = "lift_zero3.json"

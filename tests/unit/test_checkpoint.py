@@ -78,6 +78,7 @@ def test_describing_again_replaces_the_description(saved: Path) -> None:
         {"eps": 1e-3},
         {"weight_decay": 0.5},
         {"refresh_interval": 7},
+        {"stall_timeout": None},
     ],
     ids=lambda changes: next(iter(changes)),
 )
