@@ -13,6 +13,7 @@ from lift_ds import checkpoint, manifest
 from lift_ds.failed_save import WRITER_ERRORS, failures_kept, save_error, stop_together
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
+from lift_ds.zero.nvme import restore_states
 from lift_ds.zero.universal import restore
 
 logger = get_logger()
@@ -89,6 +90,8 @@ def _loader(load: Any) -> Any:
             result = load(load_dir, tag, *args, **kwargs)
         finally:
             self._config.load_universal_checkpoint = before
+        if self.zero_nvme_offload_optimizer():
+            restore_states(self.optimizer, folder)
         if universal:
             restore(self.module, self.optimizer, folder)
         return result

@@ -25,6 +25,7 @@ from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver
 from lift_ds.store import PrincipalStore
+from lift_ds.zero.nvme import FrozenShards
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watched import follow_training, watched_store
@@ -59,7 +60,8 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.driver = driver  # type: ignore[attr-defined]
         follow_training(model, optimizer, driver)
         return driver
-    driver = Driver(attachment, watched_store(_store_for(optimizer, attachment), attachment), optimizer.optimizer)
+    store = _store_for(optimizer, model, attachment)
+    driver = Driver(attachment, watched_store(store, attachment), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
@@ -71,10 +73,10 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
     return driver
 
 
-def _store_for(wrapper: Any, attachment: Attachment) -> PrincipalStore:
+def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         _refuse_second_copies(wrapper)
-        return _partitioned_parameters(wrapper)
+        return _partitioned_parameters(wrapper, model)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
     if isinstance(wrapper, FP16_UnfusedOptimizer):
@@ -98,15 +100,20 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
     return sharded
 
 
-def _partitioned_parameters(wrapper: Any) -> PartitionedParameterStore:
-    store = PartitionedParameterStore(wrapper)
-    epilogue = wrapper.checkpoint_event_epilogue
+def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParameterStore:
+    store, frozen = PartitionedParameterStore(wrapper), FrozenShards(model.parameters())
+    prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
+
+    def before_checkpoint() -> None:
+        prologue()
+        frozen.fetch()
 
     def after_checkpoint() -> None:
+        frozen.put_back()
         epilogue()
         store.forget_positions()
 
-    wrapper.checkpoint_event_epilogue = after_checkpoint
+    wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return store
 
 

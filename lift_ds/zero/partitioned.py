@@ -46,9 +46,9 @@ def gathered_to(parameter: Any, owner: int) -> Tensor | None:
     """
     group = parameter.ds_process_group
     ranks, is_owner = comm.get_world_size(group=group), comm.get_rank(group=group) == owner
-    with _shard(parameter, write=False) as held:
+    with shard_in_memory(parameter, write=False) as held:
         shard = held.detach().to(get_accelerator().current_device_name())
-        if held.final_location == OffloadDeviceEnum.nvme and shard.data_ptr() == held.data_ptr():
+        if lives_on_nvme(parameter) and shard.data_ptr() == held.data_ptr():
             shard = shard.clone()  # its buffer is used again
     if ranks == 1:
         return shard[: parameter.ds_numel].view(parameter.ds_shape).clone()
@@ -59,8 +59,13 @@ def gathered_to(parameter: Any, owner: int) -> Tensor | None:
     return None if whole is None else whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
+def lives_on_nvme(parameter: Any) -> bool:
+    """Tell whether the shard of a partitioned parameter is kept on a disk."""
+    return parameter.ds_tensor.final_location == OffloadDeviceEnum.nvme
+
+
 @contextmanager
-def _shard(parameter: Any, *, write: bool) -> Iterator[Any]:
+def shard_in_memory(parameter: Any, *, write: bool) -> Iterator[Any]:
     """This rank's shard of a partitioned parameter, in memory within the context also where it lives on NVMe.
 
     Args:
@@ -68,7 +73,7 @@ def _shard(parameter: Any, *, write: bool) -> Iterator[Any]:
         write: whether the shard is changed within the context, and NVMe is to have it.
     """
     held = parameter.ds_tensor
-    on_nvme = held.final_location == OffloadDeviceEnum.nvme
+    on_nvme = lives_on_nvme(parameter)
     swapped_in = False
     if on_nvme and held.status is PartitionedParamStatus.INFLIGHT:
         parameter.nvme_swapper.synchronize_reads()
@@ -114,7 +119,7 @@ def own_part(parameter: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         part[: stop - start] = value.reshape(-1)[start:stop]
         return part
 
-    with _shard(parameter, write=False):
+    with shard_in_memory(parameter, write=False):
         yield part_of
 
 
@@ -130,7 +135,7 @@ def assign(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value.view_as(parameter))
         return
     start, stop = shard_range(parameter)
-    with _shard(parameter, write=True) as shard:
+    with shard_in_memory(parameter, write=True) as shard:
         shard[: stop - start].copy_(value.reshape(-1)[start:stop])
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
         parameter.copy_(value.view_as(parameter))
@@ -159,7 +164,7 @@ def put_values_in_shard(weight: Any, index: Tensor, values: Tensor, own: slice) 
         own: the entries that lie in this rank's shard.
     """
     positions = index[own].long() - shard_range(weight)[0]
-    with _shard(weight, write=True) as shard:
+    with shard_in_memory(weight, write=True) as shard:
         shard.index_put_((positions.to(shard.device),), values[own].to(shard))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         weight.view(-1).index_put_((index,), values.to(weight.dtype))

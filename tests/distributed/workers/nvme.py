@@ -45,9 +45,10 @@ def start(device: str, folder: str) -> tuple[Any, nn.Module]:
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": zero,
         "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},  # DeepSpeed writes parameters to a disk in 16 bits whatever they are trained in
         "steps_per_print": 10**9,
     }
-    model = Wide()
+    model = Wide().bfloat16()
     return engines.lift_engine(model, config, SETTINGS), model
 
 
@@ -62,7 +63,7 @@ def run(device: str, folder: str, cut: int | None = None) -> dict[str, Any]:
             engine, model = start(device, folder)
             engine.load_checkpoint(f"{folder}/cut{cut}")
         x = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(step))
-        loss = engine(x[2 * dist.get_rank() : 2 * dist.get_rank() + 2])
+        loss = engine(x[2 * dist.get_rank() : 2 * dist.get_rank() + 2].bfloat16())
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
