@@ -25,7 +25,7 @@ from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver
 from lift_ds.store import PrincipalStore
-from lift_ds.zero.nvme import FrozenShards
+from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watched import follow_training, watched_store
@@ -106,6 +106,7 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParame
 
     def before_checkpoint() -> None:
         prologue()
+        remove_leftovers(wrapper)
         frozen.fetch()
 
     def after_checkpoint() -> None:

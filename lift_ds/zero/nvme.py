@@ -6,6 +6,7 @@ counts of steps, settings     DeepSpeed copies the files of offloaded states and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from torch import Tensor
 
 from lift_ds.zero.partitioned import is_partitioned, lives_on_nvme, shard_in_memory
+
+#: Names of DeepSpeed's files of offloaded states: of a sub-group from one parameter's number to another's.
+_STATE_FILE = re.compile(r"(?:exp_avg(?:_sq)?-)?(\d+_\d+)\.tensor\.swp")
 
 
 class FrozenShards:
@@ -43,6 +47,21 @@ class FrozenShards:
             parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
             with shard_in_memory(parameter, write=True) as shard:
                 shard.copy_(held)
+
+
+def remove_leftovers(wrapper: Any) -> None:
+    """Delete from this rank's folder what earlier runs have left; DeepSpeed copies the whole folder into a checkpoint.
+
+    Args:
+        wrapper: DeepSpeed's optimizer of stage 3; nothing happens where its states are not on a disk.
+    """
+    if not wrapper.swap_optimizer:
+        return
+    current = {str(master.ds_id) for master in wrapper.fp32_partitioned_groups_flat}
+    for path in Path(wrapper.optimizer_swapper.swap_folder).glob("*.swp"):
+        state_of = _STATE_FILE.fullmatch(path.name)
+        if state_of and state_of[1] not in current:
+            path.unlink()
 
 
 @torch.no_grad()
