@@ -45,8 +45,8 @@ import lift_ds
 import lift_ds.checkpoint
 import lift_ds.trainer
 from lift_ds import watch
+from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.demo import run as demo
-from lift_ds.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.training import arguments, finished, launcher, loading, reporting, saving
 from lift_ds.training.trainer import CheckedTrainer

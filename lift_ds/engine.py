@@ -12,8 +12,8 @@ from torch import nn
 
 from lift_ds.attach import attach
 from lift_ds.attachment import attachment_of, require_attachment
+from lift_ds.checkpoint.deepspeed_engine import commit_and_verify
 from lift_ds.config import LIFT_BLOCK, LiftConfig, read_ds_config
-from lift_ds.engine_checkpoints import commit_and_verify
 from lift_ds.layers import logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW

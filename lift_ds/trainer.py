@@ -16,10 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lift_ds import checkpoint
 from lift_ds.attachment import require_attachment
 from lift_ds.checkpoint import Layout
-from lift_ds.failed_save import WRITER_ERRORS, save_error
+from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import by_main
 from lift_ds.refresh import Driver
-from lift_ds.saves import WatchedSaves
+from lift_ds.watched_saves import WatchedSaves
 from lift_ds.zero.facade import bind
 from lift_ds.zero.universal import restore
 

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lift_ds import checkpoint, manifest
-from lift_ds.failed_save import WRITER_ERRORS, save_error
+from lift_ds import checkpoint
+from lift_ds.checkpoint import manifest
+from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import alone
 from lift_ds.zero.universal import SavedRun, write_universal
 

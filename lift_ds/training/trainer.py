@@ -10,7 +10,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from lift_ds.failed_save import WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
+from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
 
 
 class CheckedTrainer(SFTTrainer):

@@ -17,7 +17,7 @@ from torch import nn
 
 import lift_ds
 from lift_ds.checkpoint import DESCRIPTION, Layout, commit, newest, verify, withdraw
-from lift_ds.manifest import read_sealed, write_sealed
+from lift_ds.checkpoint.manifest import read_sealed, write_sealed
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=4, target_modules=("tall", "wide", "square"))
 

@@ -10,7 +10,7 @@ from cases import build
 
 import lift_ds
 from lift_ds.checkpoint import DESCRIPTION, Layout, commit, newest
-from lift_ds.manifest import read_sealed, write_sealed
+from lift_ds.checkpoint.manifest import read_sealed, write_sealed
 from lift_ds.universal import REFUSED, main
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from deepspeed import comm
 
-from lift_ds import checkpoint, manifest
-from lift_ds.failed_save import WRITER_ERRORS, failures_kept, save_error, stop_together
+from lift_ds import checkpoint
+from lift_ds.checkpoint import manifest
+from lift_ds.checkpoint.failed_save import WRITER_ERRORS, failures_kept, save_error, stop_together
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
 from lift_ds.zero.nvme import restore_states

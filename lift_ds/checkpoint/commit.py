@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from lift_ds import manifest
 from lift_ds.attachment import require_attachment
+from lift_ds.checkpoint import manifest
 from lift_ds.layers import logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main, from_all, rank_and_count, together

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lift_ds.checkpoint import last_whole
+from lift_ds.checkpoint.commit import last_whole
 from lift_ds.ranks import from_all
 
 #: What the writers raise: Python's own, torch's zip writer (which does not say why), safetensors.

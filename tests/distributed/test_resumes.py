@@ -1,0 +1,30 @@
+"""Pins down that a resume continues to the bit in every ZeRO stage, on the device and with offloaded states, cut before, at
+and after the refresh of the third of seven steps. `test_behaviour.py` has some of them, `test_nvme.py` those on a disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+
+pytestmark = pytest.mark.slow
+
+KINDS = ["stage 0", "stage 1", "bf16 stage 1", "bf16 stage 2", "bf16 stage 3", "offload stage 2", "offload stage 3"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks("resumes", 2, tmp_path_factory.mktemp("resumes"))
+
+
+@pytest.mark.parametrize("cut", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resume_continues_to_the_bit(ranks: list[dict[str, Any]], kind: str, cut: int) -> None:
+    for rank in ranks:
+        expected, found = rank[f"{kind} after {cut}"]["expected"], rank[f"{kind} after {cut}"]["found"]
+        assert found["losses"] == expected["losses"]
+        for what in ("weights", "indices"):
+            assert all(torch.equal(found[what][name], expected[what][name]) for name in expected[what])
