@@ -1,5 +1,7 @@
-"""Pins down that a resume continues to the bit in every ZeRO stage, on the device and with offloaded states, cut before, at
-and after the refresh of the third of seven steps. `test_behaviour.py` has some of them, `test_nvme.py` those on a disk.
+"""Pins down that a resume continues to the bit in every ZeRO stage, on the device and with offloaded states.
+
+Cut before, at and after the refresh of the third of seven steps. `test_behaviour.py` has some of these resumes,
+`test_nvme.py` those of states on a disk.
 """
 
 from __future__ import annotations
