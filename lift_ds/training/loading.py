@@ -232,8 +232,20 @@ def load_as_saved(args: TrainArguments, checkpoint: str) -> None:
         checkpoint: folder to resume from.
 
     Raises:
-        ValueError: it has no description that can be relied on.
+        ValueError: it has no description that can be relied on, or the states of this run are on a disk.
     """
+    _refuse_states_on_disk(args)
     universal = by_main(lambda: read(checkpoint)["universal"])
     if args.deepspeed:
         args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = universal
+
+
+def _refuse_states_on_disk(args: TrainArguments) -> None:
+    """The Trainer loads a checkpoint before LIFT is bound to the engine, which has to see to shards on a disk."""
+    settings = args.hf_deepspeed_config if args.deepspeed else None
+    for key in ("offload_param", "offload_optimizer"):
+        if settings is not None and settings.get_value(f"zero_optimization.{key}.device") == "nvme":
+            raise ValueError(
+                f'the DeepSpeed configuration has {key}.device="nvme", from which a Trainer cannot resume; '
+                'use "cpu", or lift_ds.initialize in a loop of your own'
+            )

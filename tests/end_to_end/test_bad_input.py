@@ -99,6 +99,13 @@ CASES = {
         "saved on 2 ranks in ZeRO stage 2, this run has 1 in stage 2; convert it first: python -m lift_ds.universal",
         of_two_ranks=True,
     ),
+    "states_on_disk": Case(
+        'offload_optimizer.device="nvme", from which a Trainer cannot resume',
+        config=lambda content: content["zero_optimization"].update(
+            stage=3, offload_optimizer={"device": "nvme", "nvme_path": "disk"}
+        ),
+        of_two_ranks=True,
+    ),
     "no_checkpoint_yet": Case("holds no whole checkpoint; 'auto' would start", ("--resume_from_checkpoint", "last")),
     "no_checkpoint": Case("nowhere: no such folder", ("--resume_from_checkpoint", "nowhere")),
 }
