@@ -11,16 +11,13 @@ from deepspeed import comm
 
 from lift_ds import checkpoint
 from lift_ds.checkpoint import manifest
-from lift_ds.checkpoint.failed_save import WRITER_ERRORS, failures_kept, save_error, stop_together
+from lift_ds.checkpoint.failed_save import LATEST, WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
 from lift_ds.zero.nvme import restore_states
 from lift_ds.zero.universal import restore
 
 logger = get_logger()
-
-#: DeepSpeed's file beside the checkpoints that names the one saved last.
-_LATEST = "latest"
 
 
 def commit_and_verify(engine: Any) -> None:
@@ -70,7 +67,9 @@ def _saver(save: Any) -> Any:
             stop_together(failures)
             checkpoint.commit(self.module, folder, step=self.global_steps, layout=layout_of(self), latest=save_latest)
             if save_latest:
-                by_main(lambda: manifest.write_whole(Path(save_dir) / _LATEST, tag))
+                by_main(lambda: manifest.write_whole(Path(save_dir) / LATEST, tag))
+        except SaveError:
+            raise
         except (*WRITER_ERRORS, ValueError) as error:
             raise save_error(folder, error) from error
         return True
@@ -114,6 +113,6 @@ def newest_tag(load_dir: str, layout: checkpoint.Layout) -> str:
     if choice.passed_over:
         raise ValueError(f"{load_dir!r} holds no whole checkpoint: {choice}")
     raise ValueError(
-        f"{os.path.join(load_dir, _LATEST)} is missing: {load_dir!r} holds no checkpoint; name one by its tag, or "
+        f"{os.path.join(load_dir, LATEST)} is missing: {load_dir!r} holds no checkpoint; name one by its tag, or "
         "another folder"
     )

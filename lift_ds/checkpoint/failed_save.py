@@ -16,11 +16,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from lift_ds.checkpoint import manifest
 from lift_ds.checkpoint.commit import last_whole
-from lift_ds.ranks import from_all
+from lift_ds.ranks import from_all, rank_and_count
 
 #: What the writers raise: Python's own, torch's zip writer (which does not say why), safetensors.
 WRITER_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+#: DeepSpeed's file beside the checkpoints that names the one saved last.
+LATEST = "latest"
 
 #: A disk with fewer bytes free is full, whatever the writer says.
 _FULL = 1 << 20
@@ -38,8 +42,6 @@ def save_error(directory: str | os.PathLike[str], error: BaseException, what: st
         error: what the writer raised.
         what: was to be saved.
     """
-    if isinstance(error, SaveError):
-        return error
     free = shutil.disk_usage(_existing(Path(directory))).free
     full = getattr(error, "errno", None) == errno.ENOSPC or free < _FULL
     reason = "the disk is full" if full else next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -51,7 +53,10 @@ def save_error(directory: str | os.PathLike[str], error: BaseException, what: st
 
 @contextmanager
 def failures_kept(engine: Any, directory: str | os.PathLike[str]) -> Iterator[list[SaveError]]:
-    """Let a DeepSpeed engine save to its end, whatever its writer raises on this rank.
+    """Let a DeepSpeed engine save to its end, whatever its writers raise on this rank.
+
+    What fails between them ends in a `SaveError` at once: the other ranks are left behind in the middle of the save, so
+    nothing can be agreed on any more.
 
     Args:
         engine: DeepSpeed's engine.
@@ -71,13 +76,23 @@ def failures_kept(engine: Any, directory: str | os.PathLike[str]) -> Iterator[li
 
         return write_or_keep
 
-    writer = engine.checkpoint_engine
+    def save_checkpoint(save_dir: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            whole_save(save_dir, *args, **{**kwargs, "save_latest": False})
+        except WRITER_ERRORS as error:
+            raise save_error(directory, error) from error
+        if rank_and_count()[0] == 0:  # DeepSpeed writes this name before its last barrier, unguarded
+            kept(manifest.write_whole)(Path(save_dir) / LATEST, f"global_step{engine.global_steps}")
+
+    writer, whole_save = engine.checkpoint_engine, engine.save_checkpoint
     save, copy_script = writer.save, engine._copy_recovery_script
     writer.save, engine._copy_recovery_script = kept(save), kept(copy_script)
+    engine.save_checkpoint = save_checkpoint
     try:
         yield failures
     finally:
         writer.save, engine._copy_recovery_script = save, copy_script
+        engine.save_checkpoint = whole_save
 
 
 def stop_together(failures: list[SaveError]) -> None:

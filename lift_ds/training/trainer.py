@@ -26,6 +26,8 @@ class CheckedTrainer(SFTTrainer):
                 self._failures = stack.enter_context(failures_kept(self.model_wrapped, folder))
             try:
                 super()._save_checkpoint(model, trial)
+            except SaveError:
+                raise
             except WRITER_ERRORS as error:
                 raise save_error(folder, error) from error
 
@@ -33,6 +35,8 @@ class CheckedTrainer(SFTTrainer):
         # The last thing in a save that the ranks do together is in here: from there on a failure has to be told.
         try:
             super()._save_optimizer_and_scheduler(output_dir)
+        except SaveError:
+            raise  # in the middle of DeepSpeed's save: the others cannot be told
         except WRITER_ERRORS as error:
             self._failures.append(save_error(output_dir, error))
         stop_together(self._failures)
