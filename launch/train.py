@@ -49,6 +49,7 @@ from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.demo import run as demo
 from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.training import arguments, finished, launcher, loading, reporting, saving
+from lift_ds.training.shared_memory import unlink_shared_memory
 from lift_ds.training.trainer import CheckedTrainer
 
 logger = get_logger()
@@ -132,6 +133,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        unlink_shared_memory()
     watch.start(config.stall_timeout)
     checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
     if checkpoint is not None and script.method == "lift":

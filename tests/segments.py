@@ -18,7 +18,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def segments_of(port: int | str) -> list[Path]:
+    """Find what the ranks that met at a port have left."""
+    return sorted(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"))
+
+
 def remove_segments(port: int | str) -> None:
     """Remove what the ranks that met at a port have left; for after their end."""
-    for segment in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+    for segment in segments_of(port):
         segment.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from segments import free_port, remove_segments
+from segments import free_port, segments_of
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
@@ -87,8 +87,14 @@ class Launch:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         self.process.wait(10)
-        if "--master_port" in self.command:
-            remove_segments(self.command[self.command.index("--master_port") + 1])
+        for segment in self.segments():
+            segment.unlink(missing_ok=True)
+
+    def segments(self) -> list[Path]:
+        """Return the shared memory of the ranks that is left."""
+        if "--master_port" not in self.command:
+            return []
+        return segments_of(self.command[self.command.index("--master_port") + 1])
 
 
 @dataclass(frozen=True)
@@ -149,4 +155,5 @@ def finish(
         assert (code != 0) == fails, f"exit code {code}{launch.said()}"
         _, left = psutil.wait_procs(launch.alive(), timeout=_GONE_SECONDS)
         assert not left, f"left behind: {left}{launch.said()}"
+        assert not launch.segments(), "shared memory is left behind"
         return Finished(code, launch.stdout, launch.stderr, folder / "out")
