@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import lift_ds
-from lift_ds.attachment import attachment_of
+from lift_ds.attachment import attachment_of, leave_out_of_saved_models
 from lift_ds.layers import LiftConv1D, LiftLinear
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=4, refresh_interval=100)
@@ -482,3 +482,14 @@ def test_detach_leaves_nothing_of_lift_on_the_modules() -> None:
     lift_ds.detach(model)
     assert not any("principal" in name or "lift" in name for m in model.modules() for name in vars(m))
     assert attachment_of(model) is None
+
+
+def test_what_a_saved_model_leaves_out_is_forgotten_by_detach() -> None:
+    model = lift_ds.attach(small_model("llama"), CONFIG)
+    model._keys_to_ignore_on_save = {"of.its.own"}
+    leave_out_of_saved_models(model)
+    left_out = {name for name in model.state_dict() if ".principal." in name}
+    assert model._keys_to_ignore_on_save == {"of.its.own"} | left_out
+    assert left_out
+    lift_ds.detach(model)
+    assert model._keys_to_ignore_on_save == {"of.its.own"}

@@ -7,6 +7,7 @@ The estimates are upper bounds of temporaries whose lifetimes depend on the vers
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import cases
 import pytest
@@ -15,8 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import lift_ds
 from lift_ds.refresh_plan import plan_refresh
-from lift_ds.selection import PrincipalState, carry_over
+from lift_ds.selection import PrincipalState, carry_over, low_rank
 from lift_ds.selection.memory import carry_memory, selection_memory, tile_entries_within
+from lift_ds.selection.tiles import tiles
 from lift_ds.selection.topk import RunningTopK, top_k_positions
 
 SHAPES = [(256, 1024), (1024, 256), (512, 512)]
@@ -68,6 +70,17 @@ def test_tiles_do_not_change_a_selection(solver: str) -> None:
     for tile_entries in (1, 131, 1000, 5000):
         tiled = lift_ds.principal_indices(weight, k=700, lra_rank=9, solver=solver, tile_entries=tile_entries)
         assert torch.equal(tiled, whole)
+
+
+@pytest.mark.parametrize("shape", [(40, 130), (130, 40)])
+def test_a_product_in_tiles_is_the_whole_product(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Gram matrix of a large matrix is added up from tiles of a fixed size; here they are made small."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    whole = low_rank.gram(weight, 7)
+    monkeypatch.setattr(low_rank, "tiles", partial(tiles, entries=1000))
+    assert len(list(low_rank.tiles(130, 40))) == 6
+    left, right = low_rank.gram(weight, 7)
+    torch.testing.assert_close(left @ right, whole[0] @ whole[1], rtol=1e-10, atol=1e-10)  # another order of sums
 
 
 @pytest.mark.parametrize("k", [1, 7, 50, 119, 120])
