@@ -74,6 +74,7 @@ def check_continued(whole: Results, pieces: list[Results]) -> None:
     assert whole["decay"] == [0.1, 0.0], "the case cannot tell the groups apart"
 
 
+@pytest.mark.slow  # three launches; the stages below go through the same conversion
 def test_four_ranks_then_two_then_one_then_four(four: Results, pieces: list[Results]) -> None:
     """Cut right after the refresh of step 3, right before that of step 6, and behind it."""
     check_continued(four["whole"], pieces)
