@@ -128,6 +128,7 @@ def damages(folder: Path) -> dict[str, Any]:
         engine.save_checkpoint(folder, tag)
     before, messages = fingerprint(engine), {}
     files = sorted(path for path in (folder / "second").iterdir() if path.is_file())
+    dist.barrier()  # both have looked before the first change adds a file
     own, others = "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     actions: dict[str, Callable[[Path], object]] = {"flipped": flip, "cut": cut, "missing": Path.unlink}
     cases_ = {f"{path.name} {name}": (path, action) for path in files for name, action in actions.items()}
