@@ -111,6 +111,15 @@ def finish(folder: str, results: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
+def message_of(action: Callable[[], object]) -> str:
+    """The kind and message of the error an action raises, or "no error"."""
+    try:
+        action()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def lift_engine(model: nn.Module, config: dict[str, Any], settings: lift_ds.LiftConfig) -> Any:
     """An engine by `lift_ds.initialize`, its settings given as a "lift" block."""
     return lift_ds.initialize(model=model, config={**config, "lift": settings.to_dict()})[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,15 +274,6 @@ def shipped_files() -> dict[str, dict[str, Any]]:
     return found
 
 
-def message_of(action: Callable[[], object]) -> str:
-    """The kind and message of the error an action raises, or "no error"."""
-    try:
-        action()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def refusals(folder: str) -> dict[str, str]:
     """Runs in which LIFT would not be active, or would start from something else."""
     found = {}
@@ -323,7 +313,7 @@ def refusals(folder: str) -> dict[str, str]:
         driver_of(engine)._refresh(3)
 
     for action in (unbound, foreign_optimizer, secondary_copies, other_model, nothing_saved, not_finite):
-        found[action.__name__] = message_of(action)
+        found[action.__name__] = engines.message_of(action)
     return found
 
 

@@ -82,15 +82,6 @@ def stages(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def message_of(action: Callable[[], object]) -> str:
-    """The kind and message of the error an action raises, or "no error"."""
-    try:
-        action()
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 @contextlib.contextmanager
 def changed(path: Path, change: Callable[[Path], object]) -> Iterator[None]:
     """Change a file on rank 0, and put it back."""
@@ -139,7 +130,7 @@ def damages(folder: Path) -> dict[str, Any]:
     )
     for name, (path, action) in cases_.items():
         with changed(path, action):
-            messages[name] = message_of(lambda: engine.load_checkpoint(folder, "second"))
+            messages[name] = engines.message_of(lambda: engine.load_checkpoint(folder, "second"))
     untouched = fingerprint(engine) == before
     engine.load_checkpoint(folder, "second")
     engine.destroy()
@@ -175,12 +166,14 @@ def newest(folder: Path) -> dict[str, Any]:
     del writer.__dict__["save"]
     dist.barrier()
     found["steps"].append(Path(engine.load_checkpoint(folder)[0]).parent.name)
-    found["damaged tag"] = message_of(lambda: engine.load_checkpoint(folder, "two"))
-    found["frozen left out"] = message_of(lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True))
+    found["damaged tag"] = engines.message_of(lambda: engine.load_checkpoint(folder, "two"))
+    found["frozen left out"] = engines.message_of(
+        lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    )
     engine.save_checkpoint(folder, "apart", save_latest=False)
     found["steps"].append(Path(engine.load_checkpoint(folder)[0]).parent.name)
     other = start(3)
-    found["other stage"] = message_of(lambda: other.load_checkpoint(folder))
+    found["other stage"] = engines.message_of(lambda: other.load_checkpoint(folder))
     other.destroy()
     engine.destroy()
     return found
@@ -196,7 +189,7 @@ def full(folder: Path) -> dict[str, Any]:
         (folder / "filler").write_bytes(bytes(max(0, free - 60_000)))
     dist.barrier()
     engines.train(engine, "llama", range(1))
-    message = message_of(lambda: engine.save_checkpoint(folder, "bad"))
+    message = engines.message_of(lambda: engine.save_checkpoint(folder, "bad"))
     latest = (folder / "latest").read_text()
     taken, _ = engine.load_checkpoint(folder)
     result = {"message": message, "latest": latest, "taken": Path(taken).parent.name, "step": engine.global_steps}
