@@ -19,8 +19,11 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "LIFT_MLP": ("gate_proj", "up_proj", "down_proj"),
 }
 
-#: Solvers of the low-rank step; "auto" takes the fastest that is exact for the selection.
-SOLVERS = ("auto", "svd", "gram")
+#: Solvers of the low-rank step; "auto" takes the faster of the last two for each matrix.
+SOLVERS = ("auto", "svd", "gram", "chebyshev")
+
+#: Share of a selection in which the solver "chebyshev" may differ from the exact ones.
+SELECTION_TOLERANCE = 0.005
 
 #: Where the index lives in ZeRO stages 1 and 2.
 INDEX_PLACEMENTS = ("sharded", "replicated")
@@ -36,7 +39,15 @@ class LiftConfig:
         lra_rank: r, the rank of the approximation whose largest entries are selected. Where
             r >= min(m, n) the approximation is the matrix itself.
         refresh_interval: optimizer steps between two selections (T in Algorithm 1).
-        solver: how the low-rank approximation is computed: "svd", "gram" or "auto".
+        refresh_parts: steps over which the matrices of a refresh are spread; 1 selects in all of them after the same
+            step. Each matrix is refreshed every `refresh_interval` steps, the first time after at least as many.
+        solver: how the low-rank approximation is computed: "svd" (the definition), "gram" (exact for the selection),
+            "chebyshev" (up to `selection_tolerance`; faster for large matrices), "auto": the faster of these two.
+        selection_tolerance: share of k in which a selection by "chebyshev" may differ from the exact one, by its own
+            estimate, in (0, 1); where it cannot get there "gram" is used.
+        block_shape: (p, q), the shape of the blocks of entries that are selected together, by the sum of their
+            magnitudes; (1, 1) selects single entries. It has to divide every managed matrix.
+        seed: of what "chebyshev" draws.
         target_modules: names of the linear layers to manage, matched against the last components of
             their dotted names ("q_proj", "self_attn.q_proj"), or the name of a preset ("LIFT_MLP").
             None manages every linear layer except the output head.
@@ -62,7 +73,11 @@ class LiftConfig:
     density: float | None = None
     lra_rank: int = 128
     refresh_interval: int = 200
+    refresh_parts: int = 1
     solver: str = "auto"
+    selection_tolerance: float = SELECTION_TOLERANCE
+    block_shape: tuple[int, int] = (1, 1)
+    seed: int = 0
     target_modules: str | tuple[str, ...] | None = None
     extra_trainable: tuple[str, ...] = ()
     index_placement: str = "sharded"
@@ -77,7 +92,19 @@ class LiftConfig:
         self._check_budget()
         _check_positive_int("lra_rank", self.lra_rank)
         _check_positive_int("refresh_interval", self.refresh_interval)
+        _check_positive_int("refresh_parts", self.refresh_parts)
+        if self.refresh_parts > self.refresh_interval:
+            raise ValueError(
+                f"refresh_parts={self.refresh_parts} is more than the {self.refresh_interval} steps of refresh_interval"
+            )
         _check_choice("solver", self.solver, SOLVERS)
+        if not (_is_number(self.selection_tolerance) and 0 < self.selection_tolerance < 1):
+            raise ValueError(
+                f"selection_tolerance={self.selection_tolerance!r} is not a share in (0, 1); 0.005 lets half a "
+                "percent of a selection differ"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} is not a whole number of at least 0")
         _check_choice("index_placement", self.index_placement, INDEX_PLACEMENTS)
         if self.refresh_memory_gib is not None and not (
             _is_number(self.refresh_memory_gib) and self.refresh_memory_gib > 0
@@ -87,6 +114,7 @@ class LiftConfig:
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
         object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))
         object.__setattr__(self, "betas", _betas(self.betas))
+        object.__setattr__(self, "block_shape", _block_shape(self.block_shape))
         _check_number("lr", self.lr, 0.0, math.inf)
         _check_number("eps", self.eps, 0.0, math.inf)
         _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
@@ -152,16 +180,19 @@ class LiftConfig:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def entries(self, rows: int, columns: int) -> int:
-        """Return k, the number of entries trained in a matrix of that shape (section 3 of the paper).
+        """Return k, the number of entries trained in a matrix of that shape (section 3 of the paper); whole blocks.
 
         Args:
             rows: m.
             columns: n.
         """
         if self.budget_rank is not None:
-            return min(self.budget_rank * (rows + columns), rows * columns)
-        assert self.density is not None
-        return max(1, round(self.density * rows * columns))
+            budget = min(self.budget_rank * (rows + columns), rows * columns)
+        else:
+            assert self.density is not None
+            budget = round(self.density * rows * columns)
+        area = self.block_shape[0] * self.block_shape[1]
+        return max(1, budget // area) * area
 
 
 def read_ds_config(ds_config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -239,6 +270,14 @@ def _betas(value: object) -> tuple[float, float]:
     for beta in value:
         _check_number("betas", beta, 0.0, 1.0)
     return (float(value[0]), float(value[1]))
+
+
+def _block_shape(value: object) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise ValueError(f"block_shape={value!r} is not a pair of whole numbers such as [4, 4]")
+    for side in value:
+        _check_positive_int("block_shape", side)
+    return (value[0], value[1])
 
 
 def _names(setting: str, value: object) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 Nothing here is fast or shared with the rest of the package; everything else is tested against it.
 
-    every T steps:   W' = U_r S_r V_rᵀ;  mask = the k largest entries of |W'|
+    every T steps:   W' = U_r S_r V_rᵀ;  mask = the k largest entries of |W'|, or its blocks with the largest sums
                      moments of entries that left the mask are forgotten
     every step:      g = mask * dL/dW;   AdamW on the entries inside the mask
 """
@@ -17,25 +17,28 @@ from torch import Tensor
 from lift_ds.config import LiftConfig
 
 
-def principal_mask(weight: Tensor, k: int, lra_rank: int) -> Tensor:
+def principal_mask(weight: Tensor, k: int, lra_rank: int, block_shape: tuple[int, int] = (1, 1)) -> Tensor:
     """The mask of the principal weights: the k largest entries of the rank-r approximation.
 
     Args:
         weight: [m, n].
         k: how many entries.
         lra_rank: r.
+        block_shape: (p, q), where blocks of entries are ranked by the sum of their magnitudes.
 
     Returns:
-        bool [m, n] with k True entries; of equal entries the earlier one in row-major order is taken.
+        bool [m, n] with k True entries; of equal entries or blocks the earlier one in row-major order is taken.
     """
-    w = weight.detach().float()
+    w = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
     if lra_rank < min(w.shape):
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
         w = (u[:, :lra_rank] * s[:lra_rank]) @ vh[:lra_rank]
-    order = w.abs().flatten().sort(descending=True, stable=True).indices
-    mask = torch.zeros(w.numel(), dtype=torch.bool)
-    mask[order[:k]] = True
-    return mask.view(w.shape)
+    (m, n), (p, q) = w.shape, block_shape
+    scores = w.abs().reshape(m // p, p, n // q, q).sum((1, 3))
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[order[: k // (p * q)]] = True
+    return mask.view(scores.shape).repeat_interleave(p, dim=0).repeat_interleave(q, dim=1)
 
 
 class ReferenceLift:
@@ -43,7 +46,7 @@ class ReferenceLift:
 
     Args:
         weights: name -> [m, n] leaf tensors that require grad; trained in place.
-        config: budget, rank, interval and Adam's settings; `solver` is not read, the SVD is the definition.
+        config: budget, rank, blocks, schedule and Adam's settings; `solver` is not read, the SVD is the definition.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: LiftConfig) -> None:
@@ -52,13 +55,10 @@ class ReferenceLift:
         self.steps = 0
         self.exp_avg = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self.masks = self._select()
+        self.masks = {name: self._select(w) for name, w in self.weights.items()}
 
-    def _select(self) -> dict[str, Tensor]:
-        return {
-            name: principal_mask(w, self.config.entries(*w.shape), self.config.lra_rank)
-            for name, w in self.weights.items()
-        }
+    def _select(self, w: Tensor) -> Tensor:
+        return principal_mask(w, self.config.entries(*w.shape), self.config.lra_rank, self.config.block_shape)
 
     def indices(self) -> dict[str, Tensor]:
         """Return name -> flat positions inside the mask, int64, ascending."""
@@ -86,13 +86,24 @@ class ReferenceLift:
             trained = (1 - lr * self.config.weight_decay) * w - lr * m_hat / (v_hat.sqrt() + self.config.eps)
             w.copy_(torch.where(mask, trained, w))
             w.grad = None
-        if self.steps % self.config.refresh_interval == 0:
-            self._refresh()
+        for name in self._due():
+            self._refresh(name)
 
-    def _refresh(self) -> None:
-        old = self.masks
-        self.masks = self._select()
-        for name in self.weights:
-            survives = old[name] & self.masks[name]
-            self.exp_avg[name].mul_(survives)
-            self.exp_avg_sq[name].mul_(survives)
+    def _due(self) -> list[str]:
+        """The matrices whose turn it is: part i of P is T i / P steps behind part 0."""
+        interval, names = self.config.refresh_interval, list(self.weights)
+        parts = min(self.config.refresh_parts, len(names))
+        if self.steps < interval:
+            return []
+        return [
+            name
+            for part in range(parts)
+            if self.steps % interval == interval * part // parts
+            for name in names[len(names) * part // parts : len(names) * (part + 1) // parts]
+        ]
+
+    def _refresh(self, name: str) -> None:
+        old, self.masks[name] = self.masks[name], self._select(self.weights[name])
+        survives = old & self.masks[name]
+        self.exp_avg[name].mul_(survives)
+        self.exp_avg_sq[name].mul_(survives)

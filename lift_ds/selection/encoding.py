@@ -5,57 +5,198 @@
 
 A matrix wider than 65,535 stores its flat positions as they are. The words are int32 because that is what every
 backend of torch.distributed moves; NCCL has no 16-bit integers.
+
+An index made of whole blocks of shape (p, q) stores its blocks: row counts and columns in the grid [m/p, n/q] of
+blocks, p * q times fewer numbers. I stays the positions of its entries, in ascending order:
+
+    I of one row of blocks, p = 2, q = 2      entry 0 1 | 2 3        row i of the p: the c blocks of this row of
+    with the blocks at columns 0 and 2        entry 4 5 | 6 7        blocks, q entries each, one after the other
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-#: Widest matrix whose columns, and whose entries in a row, are 16-bit numbers.
+#: Widest grid whose columns, and whose blocks in a row, are 16-bit numbers.
 MAX_NARROW = 2**16 - 1
 
 
-def word_count(rows: int, columns: int, k: int) -> int:
-    """Return how many int32 words store k positions in a matrix of that shape."""
-    return k if columns > MAX_NARROW else (rows + k + 1) // 2
+@dataclass(frozen=True)
+class IndexLayout:
+    """What the words of one matrix's index mean.
+
+    Args:
+        rows: m, a multiple of p.
+        columns: n, a multiple of q.
+        entries: k, a multiple of p * q.
+        block_shape: (p, q).
+    """
+
+    rows: int
+    columns: int
+    entries: int
+    block_shape: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        p, q = self.block_shape
+        assert self.rows % p == 0, f"blocks of {p} rows do not fill {self.rows}"
+        assert self.columns % q == 0, f"blocks of {q} columns do not fill {self.columns}"
+        assert self.entries % (p * q) == 0, f"{self.entries} entries are no whole number of {p} x {q} blocks"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the grid of blocks."""
+        return self.rows // self.block_shape[0], self.columns // self.block_shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the index has."""
+        return self.entries // (self.block_shape[0] * self.block_shape[1])
+
+    @property
+    def wide(self) -> bool:
+        """Whether the words are the flat positions of the blocks in the grid."""
+        return self.grid[1] > MAX_NARROW
+
+    def word_count(self) -> int:
+        """Return how many int32 words store the index."""
+        return self.blocks if self.wide else (self.grid[0] + self.blocks + 1) // 2
 
 
-def encode(index: Tensor, rows: int, columns: int) -> Tensor:
+@dataclass(frozen=True)
+class CompactIndex:
+    """The index of one matrix as it is stored.
+
+    Args:
+        words: int32 [layout.word_count()], whole.
+        layout: what they mean.
+    """
+
+    words: Tensor
+    layout: IndexLayout
+
+    def positions(self) -> Tensor:
+        """Return I, int32 [k], ascending; no synchronisation of the device."""
+        layout = self.layout
+        if layout.wide and layout.block_shape == (1, 1):
+            return self.words
+        counts = self.block_starts().diff() if layout.wide else self._numbers(0, layout.grid[0])
+        return _expand(counts, self._block_columns(0, layout.blocks), layout)
+
+    def positions_in_rows(self, rows: slice, blocks: slice) -> Tensor:
+        """Return the positions in some rows of blocks, counted from the first entry of these rows.
+
+        Args:
+            rows: of the grid.
+            blocks: those that stand in these rows, as `block_starts` says.
+
+        Returns:
+            int32 [entries there], ascending; no synchronisation of the device.
+        """
+        layout, starts = self.layout, self.block_starts() if self.layout.wide else None
+        counts = self._numbers(rows.start, rows.stop) if starts is None else starts[rows.start : rows.stop + 1].diff()
+        return _expand(counts, self._block_columns(blocks.start, blocks.stop), layout)
+
+    def block_starts(self) -> Tensor:
+        """Return int32 [m/p + 1]: how many blocks stand before each row of blocks; no synchronisation."""
+        grid_rows, grid_columns = self.layout.grid
+        if self.layout.wide:
+            firsts = torch.arange(grid_rows + 1, dtype=torch.int64, device=self.words.device) * grid_columns
+            return torch.searchsorted(self.words, firsts.int(), out_int32=True)
+        starts = self.words.new_zeros(grid_rows + 1)
+        torch.cumsum(self._numbers(0, grid_rows), 0, dtype=torch.int32, out=starts[1:])
+        return starts
+
+    def to(self, device: torch.device) -> CompactIndex:
+        """Return it on another device."""
+        return CompactIndex(self.words.to(device), self.layout)
+
+    def _block_columns(self, start: int, stop: int) -> Tensor:
+        """Return the columns in the grid of some blocks, int32 [stop - start]."""
+        if self.layout.wide:
+            return self.words[start:stop] % self.layout.grid[1]
+        return self._numbers(self.layout.grid[0] + start, self.layout.grid[0] + stop)
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        """Return some of the 16-bit numbers in the words, int32 [stop - start]."""
+        return self.words.view(torch.uint16)[start:stop].to(torch.int32)
+
+
+def word_count(rows: int, columns: int, k: int, block_shape: tuple[int, int] = (1, 1)) -> int:
+    """Return how many int32 words store k positions, whole blocks, in a matrix of that shape."""
+    return IndexLayout(rows, columns, k, block_shape).word_count()
+
+
+def encode(index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)) -> Tensor:
     """Store flat positions.
 
     Args:
-        index: int [k], row-major positions in a [rows, columns] matrix, ascending.
+        index: int [k], row-major positions in a [rows, columns] matrix, ascending; a union of whole blocks.
         rows: m.
         columns: n.
+        block_shape: (p, q), which divide m and n.
 
     Returns:
-        Words, int32 [word_count(rows, columns, k)], on the same device.
+        Words, int32 [word_count(rows, columns, k, block_shape)], on the same device.
     """
-    if columns > MAX_NARROW:
-        return index.to(torch.int32)
-    row = torch.div(index, columns, rounding_mode="floor")  # [k]
-    halves = index.new_zeros(2 * word_count(rows, columns, index.numel()), dtype=torch.int16)
+    layout = IndexLayout(rows, columns, index.numel(), block_shape)
+    blocks = index if block_shape == (1, 1) else _blocks_of(index, layout)
+    if layout.wide:
+        return blocks.to(torch.int32)
+    grid_rows, grid_columns = layout.grid
+    row = torch.div(blocks, grid_columns, rounding_mode="floor")  # [blocks]
+    halves = blocks.new_zeros(2 * layout.word_count(), dtype=torch.int16)
     # Above 32,767 the conversion wraps around, and reading it back as unsigned undoes that.
-    halves[:rows] = torch.bincount(row, minlength=rows).to(torch.int16)
-    halves[rows : rows + index.numel()] = (index - row * columns).to(torch.int16)
+    halves[:grid_rows] = torch.bincount(row, minlength=grid_rows).to(torch.int16)
+    halves[grid_rows : grid_rows + blocks.numel()] = (blocks - row * grid_columns).to(torch.int16)
     return halves.view(torch.int32)
 
 
-def decode(words: Tensor, rows: int, columns: int, k: int) -> Tensor:
-    """Read flat positions back; the inverse of `encode`, without a synchronisation of the device.
+def _blocks_of(index: Tensor, layout: IndexLayout) -> Tensor:
+    """Return the positions of the blocks in the grid, [blocks], ascending, for those of their entries."""
+    p, q = layout.block_shape
+    first = index.view(-1, q)[:, 0]  # of each row of each block
+    row = torch.div(first, layout.columns, rounding_mode="floor")
+    first, row = first[row % p == 0], row[row % p == 0]
+    column = first - row * layout.columns
+    return torch.div(row, p, rounding_mode="floor") * layout.grid[1] + torch.div(column, q, rounding_mode="floor")
+
+
+def _expand(counts: Tensor, columns: Tensor, layout: IndexLayout) -> Tensor:
+    """Turn rows of blocks into positions, counted from the first entry of these rows.
 
     Args:
-        words: int32 [word_count(rows, columns, k)].
-        rows: m.
-        columns: n.
-        k: entries.
+        counts: int32 [rows of blocks], blocks in each.
+        columns: int32 [blocks], of each block in the grid.
+        layout: of the index.
 
     Returns:
-        int32 [k], ascending.
+        int32 [blocks * p * q], ascending.
     """
-    if columns > MAX_NARROW:
-        return words
-    numbers = words.view(torch.int16)[: rows + k].to(torch.int32) & 0xFFFF
-    starts = torch.arange(0, rows * columns, columns, dtype=torch.int32, device=words.device)  # [m]
-    return torch.repeat_interleave(starts, numbers[:rows], output_size=k) + numbers[rows:]
+    (p, q), blocks = layout.block_shape, columns.numel()
+    if p > 1:
+        return _expand_tall(counts, columns, layout)
+    # Repeating the row numbers and multiplying is several times faster than repeating the positions of the rows.
+    row = torch.repeat_interleave(counts, output_size=blocks)
+    first = torch.add(columns if q == 1 else columns * q, row, alpha=layout.columns)
+    return first if q == 1 else _rows_of_blocks(first, q)
+
+
+def _expand_tall(counts: Tensor, columns: Tensor, layout: IndexLayout) -> Tensor:
+    """As `_expand`, for blocks of several rows: a segment of q entries for each row of each block, rows ascending."""
+    (p, q), rows = layout.block_shape, counts.numel() * layout.block_shape[0]
+    segments = counts.repeat_interleave(p, output_size=rows)  # in each row of the matrix
+    row = torch.repeat_interleave(segments, output_size=columns.numel() * p)
+    # The p rows of a row of blocks all read the columns of its blocks: how far back from the segment they stand.
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    back = segments.cumsum(0, dtype=torch.int32) - segments - starts.repeat_interleave(p, output_size=rows)
+    block = torch.arange(row.numel(), dtype=torch.int32, device=row.device) - back[row]
+    return _rows_of_blocks(torch.add(columns[block] * q, row, alpha=layout.columns), q)
+
+
+def _rows_of_blocks(first: Tensor, q: int) -> Tensor:
+    """Return q positions from each first one on."""
+    return (first[:, None] + torch.arange(q, dtype=torch.int32, device=first.device)).view(-1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from lift_ds.selection.tiles import TILE_ENTRIES
 
+#: Blocks of 3/2 r vectors that "chebyshev" holds at most beside its Gram matrix, and the columns of W' it samples.
+_BLOCKS, _SAMPLE = 12, 5 * 128
 #: Numbers a symmetric eigensolver holds per entry of its matrix: the matrix, the vectors, twice that as workspace.
 _EIGH = 4
 #: Bytes a candidate of the ranking takes: score, position, both once more where pieces are joined, and a mask.
@@ -16,7 +18,14 @@ _CUT, _CARRY = 56, 72
 
 
 def selection_memory(
-    rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int, tile_entries: int = TILE_ENTRIES
+    rows: int,
+    columns: int,
+    k: int,
+    lra_rank: int,
+    solver: str,
+    itemsize: int,
+    tile_entries: int = TILE_ENTRIES,
+    block_rows: int = 1,
 ) -> int:
     """Estimate the peak of selecting in one matrix, without the matrix itself.
 
@@ -25,24 +34,29 @@ def selection_memory(
         columns: n.
         k: entries selected.
         lra_rank: r.
-        solver: one of `lift_ds.config.SOLVERS`.
+        solver: "svd", "gram" or "chebyshev"; of the last, which may fall back to "gram", the larger of the two.
         itemsize: bytes of an entry of the weight.
         tile_entries: entries of W' that are formed at a time.
+        block_rows: p, rows of W' that have to be formed together.
     """
     number = max(4, itemsize)  # float64 stays, all else is computed in float32
-    tile = min(max(tile_entries, columns), rows * columns)
+    tile = min(max(tile_entries, block_rows * columns), rows * columns)
     ranking = 3 * number * tile + _CANDIDATE * min(2 * k + tile, rows * columns) + _CUT * k
     if lra_rank >= min(rows, columns):
         return ranking
     factors = 2 * number * lra_rank * (rows + columns)
-    return factors + max(_factoring(rows, columns, solver, number), ranking)
+    return factors + max(_factoring(rows, columns, lra_rank, solver, number), ranking)
 
 
-def _factoring(rows: int, columns: int, solver: str, number: int) -> int:
+def _factoring(rows: int, columns: int, lra_rank: int, solver: str, number: int) -> int:
     short, entries = min(rows, columns), rows * columns
     if solver == "svd":
         return number * (3 * entries + 5 * short**2)
-    return number * (_EIGH * short**2 + 2 * min(TILE_ENTRIES, entries))
+    gram = _EIGH * short**2 + 2 * min(TILE_ENTRIES, entries)
+    if solver == "gram":
+        return number * gram
+    blocks = (_BLOCKS * 3 * lra_rank // 2 + _SAMPLE) * short
+    return number * max(gram, short**2 + max(2 * min(TILE_ENTRIES, entries), blocks))
 
 
 def carry_memory(k: int) -> int:
@@ -51,7 +65,7 @@ def carry_memory(k: int) -> int:
 
 
 def tile_entries_within(
-    bound: int, rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int
+    bound: int, rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int, block_rows: int = 1
 ) -> int | None:
     """Return the largest tile with which selecting in a matrix stays within a bound; None where none does.
 
@@ -60,8 +74,9 @@ def tile_entries_within(
         rows: m, and the other arguments as for `selection_memory`.
     """
     tile = TILE_ENTRIES
-    while selection_memory(rows, columns, k, lra_rank, solver, itemsize, tile) > bound:
-        if tile <= columns:
+    least = block_rows * columns
+    while selection_memory(rows, columns, k, lra_rank, solver, itemsize, tile, block_rows) > bound:
+        if tile <= least:
             return None
-        tile = max(columns, tile // 2)
+        tile = max(least, tile // 2)
     return tile

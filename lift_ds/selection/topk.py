@@ -38,15 +38,16 @@ class RunningTopK:
     Args:
         k: how many, at least 1.
         device: where the scores are.
+        floor: a score, as a tensor; what does not lie above it is taken for none of the k largest.
     """
 
-    def __init__(self, k: int, device: torch.device) -> None:
+    def __init__(self, k: int, device: torch.device, floor: Tensor | None = None) -> None:
         self._k = k
         self._scores: list[Tensor] = []
         self._positions: list[Tensor] = []
         self._held = 0
         self._seen = 0
-        self._threshold: Tensor | None = None
+        self._threshold = floor
         self._device = device
 
     def add(self, scores: Tensor) -> None:
@@ -64,9 +65,10 @@ class RunningTopK:
         if self._held > 2 * self._k:
             self._reduce()
 
-    def positions(self) -> Tensor:
-        """Return the flat positions of the k largest so far, int64 [k], ascending; at least k have been added."""
-        assert self._seen >= self._k, f"k={self._k} of {self._seen} entries"
+    def positions(self) -> Tensor | None:
+        """Return the flat positions of the k largest, int64 [k], ascending; None if fewer lie above the floor."""
+        if self._held < self._k:
+            return None
         if self._held > self._k:
             self._reduce()
         return torch.cat(self._positions).long()

@@ -1,5 +1,5 @@
 """Pins down how an index is stored: every index comes back exactly, at two bytes an entry and two a row; matrices wider
-than 65,535 store int32 positions.
+than 65,535 store int32 positions; an index of blocks stores its blocks, and comes back as entries in ascending order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from lift_ds.principal import PrincipalIndex
-from lift_ds.selection.encoding import decode, encode, word_count
+from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode, word_count
+
+
+def decode(words: torch.Tensor, rows: int, columns: int, k: int, block_shape: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    return CompactIndex(words, IndexLayout(rows, columns, k, block_shape)).positions()
 
 
 def some_positions(rows: int, columns: int, k: int) -> Tensor:
@@ -40,6 +44,42 @@ def test_a_full_row_has_more_entries_than_a_signed_number_holds() -> None:
     assert torch.equal(back.long(), index)
 
 
+#: rows, columns, blocks of (p, q), how many: narrow and wide grids, one block, all of them, rows of blocks without any.
+BLOCKED = [
+    (8, 12, (2, 2), 5), (8, 12, (4, 1), 7), (8, 12, (1, 4), 7), (8, 12, (8, 12), 1), (8, 12, (2, 3), 16),
+    (64, 48, (16, 16), 5), (6, 131_070, (3, 2), 999), (4, 140_000, (2, 2), 501), (4, 140_000, (2, 1), 3),
+    (2, 200_000, (1, 2), 100), (64, 48, (1, 1), 300),
+]  # fmt: skip
+
+
+def some_blocks(rows: int, columns: int, block_shape: tuple[int, int], count: int) -> Tensor:
+    """Flat positions of the entries of some blocks, int64, ascending: the plain way, by a mask of the matrix."""
+    p, q = block_shape
+    grid = torch.zeros(rows // p, columns // q, dtype=torch.bool)
+    grid.view(-1)[some_positions(rows // p, columns // q, count)] = True
+    return grid.repeat_interleave(p, 0).repeat_interleave(q, 1).flatten().nonzero().flatten()
+
+
+@pytest.mark.parametrize(("rows", "columns", "block_shape", "count"), BLOCKED)
+def test_an_index_of_blocks_comes_back_as_its_entries(
+    rows: int, columns: int, block_shape: tuple[int, int], count: int
+) -> None:
+    index = some_blocks(rows, columns, block_shape, count)
+    p, q = block_shape
+    words = encode(index, rows, columns, block_shape)
+    assert words.dtype == torch.int32
+    assert words.numel() == word_count(rows, columns, index.numel(), block_shape)
+    assert torch.equal(words, encode(some_positions(rows // p, columns // q, count), rows // p, columns // q))
+    back = decode(words, rows, columns, index.numel(), block_shape)
+    assert back.dtype == torch.int32
+    assert torch.equal(back.long(), index)
+
+
+def test_blocks_that_do_not_fill_the_matrix_are_refused() -> None:
+    with pytest.raises(AssertionError, match="do not fill"):
+        word_count(9, 12, 8, (2, 2))
+
+
 def test_the_first_and_last_entry_alone() -> None:
     index = torch.tensor([0, 8 * 9 - 1])
     assert decode(encode(index, 8, 9), 8, 9, 2).tolist() == [0, 71]
@@ -60,9 +100,9 @@ def test_at_five_percent_of_a_matrix_of_usual_width_it_is_a_tenth_of_a_byte_a_pa
     assert held / (rows * columns) == pytest.approx(0.1, rel=0.002)
 
 
-def test_calling_the_module_gives_the_positions() -> None:
+def test_calling_the_module_gives_the_words() -> None:
     index = some_positions(6, 10, 9)
     module = PrincipalIndex(index, 6, 10)
-    assert module().tolist() == module.positions().tolist() == index.tolist()
+    assert module.positions().tolist() == module.decode(module()).tolist() == index.tolist()
     assert module.word_count() == module.words.numel()
     assert not module.words.requires_grad

@@ -6,13 +6,13 @@ The estimates are upper bounds of temporaries whose lifetimes depend on the vers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
 from functools import partial
+from pathlib import Path
 
 import cases
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import lift_ds
 from lift_ds.refresh_plan import plan_refresh
@@ -21,23 +21,14 @@ from lift_ds.selection.memory import carry_memory, selection_memory, tile_entrie
 from lift_ds.selection.tiles import tiles
 from lift_ds.selection.topk import RunningTopK, top_k_positions
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from counting import allocated_peak
+
 SHAPES = [(256, 1024), (1024, 256), (512, 512)]
 
 
-def peak_bytes(action: Callable[[], object]) -> int:
-    """The most that an action holds at a time, counted by torch's allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        action()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    assert peak > 0, "nothing was recorded"
-    return peak
-
-
-@pytest.mark.parametrize("solver", ["gram", "svd"])
+@pytest.mark.parametrize("solver", ["chebyshev", "gram", "svd"])
 @pytest.mark.parametrize(("dtype", "tile_entries"), [(torch.float32, 2**24), (torch.bfloat16, 2**14)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_selecting_takes_no_more_than_estimated(
@@ -47,12 +38,13 @@ def test_selecting_takes_no_more_than_estimated(
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for k in (rows * columns // 20, rows * columns // 3):
         estimate = selection_memory(rows, columns, k, 32, solver, weight.element_size(), tile_entries)
-        peak = peak_bytes(
+        peak = allocated_peak(
             lambda k=k: lift_ds.selection.principal_indices(  # type: ignore[misc]
                 weight, k=k, lra_rank=32, solver=solver, tile_entries=tile_entries
             )
         )
-        assert estimate / 3 < peak <= estimate
+        # Where a sample bounds the threshold, fewer candidates are held than there may be.
+        assert estimate / 4 < peak <= estimate
 
 
 def test_carrying_over_takes_no_more_than_estimated() -> None:
@@ -60,10 +52,10 @@ def test_carrying_over_takes_no_more_than_estimated() -> None:
     old, new = (torch.randperm(10**6)[:k].sort().values.int() for _ in range(2))
     state, current = PrincipalState(*(torch.randn(k) for _ in range(3))), torch.randn(k)
     held = 3 * 4 * k  # the state itself, gathered
-    assert carry_memory(k) / 3 < peak_bytes(lambda: carry_over(old, state, new, current)) + held <= carry_memory(k)
+    assert carry_memory(k) / 3 < allocated_peak(lambda: carry_over(old, state, new, current)) + held <= carry_memory(k)
 
 
-@pytest.mark.parametrize("solver", ["gram", "svd"])
+@pytest.mark.parametrize("solver", ["gram", "svd", "chebyshev"])
 def test_tiles_do_not_change_a_selection(solver: str) -> None:
     weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     whole = lift_ds.principal_indices(weight, k=700, lra_rank=9, solver=solver)
@@ -117,17 +109,18 @@ def test_a_bound_that_cannot_be_kept_is_refused_with_what_is_needed() -> None:
 def test_a_copy_of_the_weight_counts_where_it_is_collected() -> None:
     config = lift_ds.LiftConfig(density=0.1, lra_rank=8, refresh_memory_gib=0.009)
     shapes = {"a": (512, 1024)}
-    plan_refresh(shapes, 4, config, ranks=2, collected=False)
+    plan_refresh(shapes, 4, config, ranks=2, collected=False, device_type="cpu")
     with pytest.raises(ValueError, match="refresh_memory_gib"):
-        plan_refresh(shapes, 4, config, ranks=2, collected=True)
+        plan_refresh(shapes, 4, config, ranks=2, collected=True, device_type="cpu")
 
 
 def test_no_rank_selects_more_than_its_share_and_one_matrix() -> None:
     shapes = {f"layer{i}.{name}": shape for i in range(5) for name, shape in {"q": (64, 64), "up": (170, 64)}.items()}
     config = lift_ds.LiftConfig(density=0.1, lra_rank=8)
     for ranks in (1, 2, 3, 4, 16):
-        plan = plan_refresh(shapes, 2, config, ranks, collected=True)
-        assert sorted(name for jobs in plan.jobs for name in jobs) == sorted(shapes)
-        entries = [sum(shapes[name][0] * shapes[name][1] for name in jobs) for jobs in plan.jobs]
+        plan = plan_refresh(shapes, 2, config, ranks, collected=True, device_type="cpu")
+        (jobs,) = plan.parts.values()
+        assert sorted(name for names in jobs for name in names) == sorted(shapes)
+        entries = [sum(shapes[name][0] * shapes[name][1] for name in names) for names in jobs]
         assert max(entries) <= sum(entries) / ranks + 170 * 64
-        assert all(name in plan.jobs[plan.owner_of(name)] for name in shapes)
+        assert jobs == [plan.jobs_of(rank) for rank in range(ranks)]

@@ -1,0 +1,57 @@
+"""In which precision selections are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lift_ds.selection.tiles import TILE_ENTRIES, tiles
+
+#: Backends that may round the factors of a float32 product to fewer bits (TF32, bf16).
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+def working_precision(weight: Tensor) -> Tensor:
+    """Return the matrix in the dtype selections are computed in: float64 stays, all else becomes float32."""
+    return weight if weight.dtype == torch.float64 else weight.float()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Within the context products of float32 matrices keep all their digits, whatever the training around allows.
+
+    Args:
+        device: where the matrices are.
+    """
+    before = [backend.fp32_precision for backend in _BACKENDS]
+    try:
+        for backend in _BACKENDS:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(_BACKENDS, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def largest_magnitude(weight: Tensor, tile_entries: int = TILE_ENTRIES) -> float:
+    """Return the largest absolute value of a matrix; NaN where it has one. One synchronisation of the device.
+
+    Args:
+        weight: [m, n], any floating dtype.
+        tile_entries: entries that are looked at in one operation.
+    """
+    rows, columns = weight.shape
+    extremes = [torch.stack(torch.aminmax(weight[tile])) for tile in tiles(rows, columns, tile_entries)]
+    return float(torch.stack(extremes).abs().amax())
+
+
+def unit_scale(weight: Tensor) -> float:
+    """Return the power of two that brings the largest entry of a finite matrix into [0.5, 1)."""
+    largest = largest_magnitude(weight)
+    return math.ldexp(1.0, max(-126, min(126, -math.frexp(largest)[1]))) if largest else 1.0
