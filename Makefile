@@ -1,6 +1,7 @@
 # make setup   install into .venv          make train   the main job, small and offline, on two ranks
 # make test    lint, types, every test     make test-slow   the longer checks
 # make footprint   memory and network of full fine-tuning, LoRA and LIFT, counted; a refresh on several ranks
+# make speed   how fast principal weights are selected, and how fast a step is; tables, JSON and plots
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,21 +14,21 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test test-slow footprint lint clean
+.PHONY: setup train test test-slow footprint speed lint clean
 
 setup: $(STAMP)
 
 # torch comes first: DeepSpeed's build reads its version, and an open range would fetch gigabytes of CUDA packages.
 # Without CUDA, DeepSpeed's two host kernels are compiled here once, into the environment, instead of at first use by
 # every rank; with CUDA, DeepSpeed compiles what it needs at first use. pip's cache may hold a wheel without them.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py lift_ds/kernels/host_entries.c constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"lift_ds needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; name another by PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja
 	host=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') && \
 	PATH="$(abspath $(BIN)):$$PATH" DS_BUILD_CPU_ADAM=$$host DS_BUILD_SHM_COMM=$$host \
 	$(PIP) --no-build-isolation --no-cache-dir deepspeed
-	$(PIP) --no-build-isolation --editable '.[trl,development]'
+	$(PIP) --no-build-isolation --editable '.[trl,development,benchmarks]'
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -48,5 +49,10 @@ footprint: $(STAMP)
 	$(BIN)/python benchmarks/footprint.py
 	$(BIN)/python benchmarks/refresh_ranks.py
 
+speed: $(STAMP)
+	$(PIP) --no-build-isolation --editable '.[benchmarks]'
+	$(BIN)/python benchmarks/refresh.py
+	$(BIN)/python benchmarks/step.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info lift_output
+	rm -rf $(VENV) build dist *.egg-info lift_ds/kernels/_host*.so lift_output

@@ -3,7 +3,7 @@
       weight  W [m, n]  frozen          principal.values  θ [k]  trainable      principal.index  I [k]  frozen
 
       forward    y = x Wᵀ
-      backward   dx = dy W;   dW = dyᵀ x lives for the length of this layer's backward;   θ.grad = dW.flat[I]
+      backward   dx = dy W;   dW = dyᵀ x, a tile of its rows after the other;             θ.grad = dW.flat[I]
 
 θ is an ordinary parameter, so that ZeRO shards, reduces, clips, offloads and saves it as it does any other.
 """
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from lift_ds.kernels import entries_of
 from lift_ds.principal import PrincipalSet
+from lift_ds.selection.encoding import CompactIndex
 
 if TYPE_CHECKING:
     from lift_ds.attachment import Attachment
@@ -28,6 +30,10 @@ PRINCIPAL = "principal"
 VALUES = f"{PRINCIPAL}.values"
 #: Names of what a managed layer has more than a plain one, in its state dict.
 PRINCIPAL_KEYS = (VALUES, f"{PRINCIPAL}.index.words")
+
+#: Entries of dW that are formed at a time: 32 MiB in bf16. The host's are to stay in its cache until they are gathered;
+#: smaller ones than these cost its products more (each packs the activations again) than the gathering gains.
+TILE_ENTRIES, HOST_TILE_ENTRIES = 2**24, 2**22
 
 
 class _PrincipalLinear(torch.autograd.Function):
@@ -52,13 +58,45 @@ class _PrincipalLinear(torch.autograd.Function):
         grad_2d = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, m]
         grad_values = None
         if needs_values:
-            index = layer.principal.index()  # int32 [k]
+            index = CompactIndex(layer.principal.index(), layer.principal.index.layout)
             layer.lift_attachment.note_backward(layer, index)
             x_2d = x.reshape(-1, x.shape[-1]).to(grad_2d.dtype)  # [tokens, n]
-            grad_weight = layer.weight_gradient(x_2d, grad_2d)
-            grad_values = grad_weight.view(-1).index_select(0, index).to(ctx.values_dtype)  # [k]
+            grad_values = _values_gradient(layer, x_2d, grad_2d, index, ctx.values_dtype)  # [k]
         grad_bias = grad_2d.sum(0) if needs_bias else None
         return grad_x, grad_values, grad_bias, None
+
+
+def _values_gradient(
+    layer: PrincipalLayer, x: Tensor, grad_output: Tensor, index: CompactIndex, dtype: torch.dtype
+) -> Tensor:
+    """Return dL/dθ [k]; of dL/dW, which has the dtype of x, there is one tile of rows at a time.
+
+    Args:
+        layer: whose weight it is.
+        x: [tokens, inputs].
+        grad_output: [tokens, outputs], in the dtype of x.
+        index: the principal index, whole.
+        dtype: of θ, and of what is returned.
+    """
+    columns, entries = index.layout.columns, entries_of(index)
+    tiles = _row_tiles(index.layout.rows, columns, HOST_TILE_ENTRIES if x.device.type == "cpu" else TILE_ENTRIES)
+    tile = x.new_empty(tiles[0].stop, columns)  # the first is the largest
+    gradient = x.new_empty(index.layout.entries, dtype=dtype)
+    for rows in tiles:
+        part = tile[: rows.stop - rows.start]
+        layer.weight_gradient(x, grad_output, rows, part)
+        entries.gather(part.view(-1), rows.start * columns, gradient)
+    return gradient
+
+
+def _row_tiles(rows: int, columns: int, entries: int) -> list[slice]:
+    """Cut the rows of a matrix into tiles of as equal numbers of rows as can be, of about `entries` at most.
+
+    Equal, because a small product that is left over at the end costs nearly as much as a full one.
+    """
+    count = max(1, min(rows, -(-rows * columns // entries)))
+    step = -(-rows // count)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 class PrincipalLayer(nn.Module):
@@ -107,8 +145,15 @@ class PrincipalLayer(nn.Module):
         """Return dL/dx [..., n] for dL/dy [..., m]."""
         raise NotImplementedError
 
-    def weight_gradient(self, x: Tensor, grad_output: Tensor) -> Tensor:
-        """Return dL/dW in the layout of `weight`, for x [tokens, n] and dL/dy [tokens, m]."""
+    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
+        """Form some rows of dL/dW.
+
+        Args:
+            x: [tokens, inputs].
+            grad_output: dL/dy [tokens, outputs], in the dtype of x.
+            rows: of `weight` as it is stored.
+            out: [rows, columns of `weight`] in the dtype of x, overwritten.
+        """
         raise NotImplementedError
 
 
@@ -122,8 +167,8 @@ class LiftLinear(PrincipalLayer, nn.Linear):
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         return grad_output @ self.weight.to(grad_output.dtype)
 
-    def weight_gradient(self, x: Tensor, grad_output: Tensor) -> Tensor:
-        return grad_output.T @ x  # [out, in]
+    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
+        torch.mm(grad_output[:, rows].T, x, out=out)  # [some of out, in]
 
 
 class LiftConv1D(PrincipalLayer, Conv1D):
@@ -139,8 +184,8 @@ class LiftConv1D(PrincipalLayer, Conv1D):
     def input_gradient(self, grad_output: Tensor) -> Tensor:
         return grad_output @ self.weight.to(grad_output.dtype).T
 
-    def weight_gradient(self, x: Tensor, grad_output: Tensor) -> Tensor:
-        return x.T @ grad_output  # [in, out]
+    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
+        torch.mm(x[:, rows].T, grad_output, out=out)  # [some of in, out]
 
 
 #: Class of a layer as the model has it -> class that manages it. The class is swapped in place, so that the module

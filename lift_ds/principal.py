@@ -13,46 +13,57 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lift_ds.selection.encoding import decode, encode, word_count
+from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
 
 
 class PrincipalIndex(nn.Module):
-    """I, the flat row-major positions of the principal values of one matrix; calling it gives them.
+    """I, the flat row-major positions of the principal values of one matrix; calling it gives its words, whole.
 
     Whoever shards the words makes them whole around the call: ZeRO-3 by its own hooks, `zero.sharded_index` in stages
     1 and 2.
 
     Args:
-        index: int [k], ascending.
+        index: int [k], ascending; a union of whole blocks.
         rows: m.
         columns: n.
+        block_shape: (p, q), which divide m and n.
     """
 
     words: nn.Parameter  # int32, frozen
 
-    def __init__(self, index: Tensor, rows: int, columns: int) -> None:
+    def __init__(self, index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
-        self.rows, self.columns, self.entries = rows, columns, index.numel()
+        self.layout = IndexLayout(rows, columns, index.numel(), block_shape)
         self.words = nn.Parameter(self.encode(index), requires_grad=False)
 
     def forward(self) -> Tensor:
-        return self.positions()
+        # A tensor, not a CompactIndex: the hooks of ZeRO-3 walk through what a module returns.
+        return self.words.detach()
+
+    @property
+    def entries(self) -> int:
+        """k, wherever the words are."""
+        return self.layout.entries
+
+    def compact(self) -> CompactIndex:
+        """Return the index as it is stored; the words are whole."""
+        return CompactIndex(self.words.detach(), self.layout)
 
     def positions(self) -> Tensor:
         """Return I, int32 [k], ascending; the words are whole."""
-        return self.decode(self.words.detach())
+        return self.compact().positions()
 
     def decode(self, words: Tensor) -> Tensor:
         """Return the positions, int32 [k], that words of this matrix stand for."""
-        return decode(words, self.rows, self.columns, self.entries)
+        return CompactIndex(words, self.layout).positions()
 
     def word_count(self) -> int:
         """Return how many words the index has when it is whole."""
-        return word_count(self.rows, self.columns, self.entries)
+        return self.layout.word_count()
 
     def encode(self, index: Tensor) -> Tensor:
         """Return another index of this matrix as words."""
-        return encode(index, self.rows, self.columns)
+        return encode(index, self.layout.rows, self.layout.columns, self.layout.block_shape)
 
 
 class PrincipalSet(nn.Module):
@@ -63,15 +74,18 @@ class PrincipalSet(nn.Module):
         index: int [k], ascending.
         rows: m.
         columns: n.
+        block_shape: (p, q), of the blocks the index is made of.
     """
 
     values: nn.Parameter
     index: PrincipalIndex
 
-    def __init__(self, values: Tensor, index: Tensor, rows: int, columns: int) -> None:
+    def __init__(
+        self, values: Tensor, index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)
+    ) -> None:
         super().__init__()
         self.values = nn.Parameter(values)
-        self.index = PrincipalIndex(index, rows, columns)
+        self.index = PrincipalIndex(index, rows, columns, block_shape)
 
     def for_autograd(self) -> nn.Parameter:
         """Return θ in its logical shape, to be an input of a node of autograd.
