@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from lift_ds.config import LiftConfig
 from lift_ds.layers import MANAGED_CLASSES, PRINCIPAL, PrincipalLayer, logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.principal import PrincipalSet
-from lift_ds.refresh import select
-from lift_ds.refresh_plan import tile_entries_for
+from lift_ds.refresh import fallback_note, select
+from lift_ds.refresh_plan import solver_for, tile_entries_for
+from lift_ds.selection import Selected
+from lift_ds.selection.blocks import divides
 from lift_ds.targets import find_extra_parameters, find_targets, unmanaged_summary
 from lift_ds.zero.partitioned import gathered, is_partitioned, partition_like
 
@@ -50,17 +53,19 @@ def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
     targets = find_targets(model, config.target_modules)
     extra = find_extra_parameters(model, config.extra_trainable, targets)
     for name, module in targets.items():
-        _check_weight(name, module.weight)
+        _check_weight(name, module.weight, config)
     left_out = unmanaged_summary(model, targets, extra) if config.target_modules is None else []
 
     selected = {name: _select_in(name, module, config) for name, module in targets.items()}
+    subspaces = {name: found.subspace for name, (_, found) in selected.items() if found.subspace is not None}
+    fell_back = sum(found.fell_back for _, found in selected.values())
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in extra)
-    layers = {name: _manage(module, *selected.pop(name)) for name, module in targets.items()}
-    attachment = Attachment(config, layers, required_grad)
+    layers = {name: _manage(module, *selected.pop(name), config) for name, module in targets.items()}
+    attachment = Attachment(config, layers, required_grad, subspaces=subspaces)
     record(model, attachment)
-    _log_attachment(attachment, len(extra), left_out)
+    _log_attachment(attachment, len(extra), left_out, fell_back)
     return model
 
 
@@ -89,8 +94,14 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_weight(name: str, weight: Any) -> None:
-    entries = logical_shape(weight).numel()
+def _check_weight(name: str, weight: Any, config: LiftConfig) -> None:
+    rows, columns = logical_shape(weight)
+    if not divides(config.block_shape, (rows, columns)):
+        raise ValueError(
+            f"block_shape={config.block_shape}: {name}.weight [{rows}, {columns}] does not consist of whole blocks; "
+            "name other target_modules, or leave block_shape out to select single entries"
+        )
+    entries = rows * columns
     if entries > _MAX_ENTRIES:
         raise ValueError(f"{name}.weight has {entries:,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
     if weight.is_meta:
@@ -102,16 +113,19 @@ def _check_weight(name: str, weight: Any) -> None:
 
 
 @torch.no_grad()
-def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Tensor]:
-    """Return θ [k] and I int32 [k] of a layer, whole on every rank."""
+def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
+    """Return θ [k] of a layer, whole on every rank, and the selection."""
     with gathered([module.weight]):
         weight = module.weight.detach()
         rows, columns = weight.shape
-        tile = tile_entries_for(name, rows, columns, weight.element_size(), config)
-        index = select(name, weight.to(_selection_device(weight)), config, tile).to(weight.device)
+        device = _selection_device(weight)
+        solver = solver_for(rows, columns, config, device.type)
+        tile = tile_entries_for(name, rows, columns, weight.element_size(), config, solver)
+        found = select(name, weight.to(device), config, solver=solver, tile_entries=tile)
+        found = replace(found, index=found.index.to(weight.device))
         # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
         dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
-        return weight.reshape(-1)[index.long()].to(dtype), index
+        return weight.reshape(-1)[found.index].to(dtype), found
 
 
 def _selection_device(weight: Tensor) -> torch.device:
@@ -123,23 +137,25 @@ def _selection_device(weight: Tensor) -> torch.device:
     return torch.device(accelerator.type, local_rank if local_rank < torch.accelerator.device_count() else 0)
 
 
-def _manage(module: Any, values: Tensor, index: Tensor) -> PrincipalLayer:
+def _manage(module: Any, values: Tensor, found: Selected, config: LiftConfig) -> PrincipalLayer:
     module.__class__ = MANAGED_CLASSES[type(module)]
     assert isinstance(module, PrincipalLayer)
-    principal = PrincipalSet(values, index, *logical_shape(module.weight))
+    rows, columns = logical_shape(module.weight)
+    principal = PrincipalSet(values, found.index.int(), rows, columns, config.block_shape)
     module.add_module(PRINCIPAL, principal)
     partition_like(module.weight, [principal.values, principal.index.words])
     return module
 
 
-def _log_attachment(attachment: Attachment, extra: int, left_out: list[str]) -> None:
+def _log_attachment(attachment: Attachment, extra: int, left_out: list[str], fell_back: int) -> None:
     config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
     total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
     budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
     logger.info(
-        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps%s",
+        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps%s%s",
         len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, config.lra_rank,
         config.refresh_interval, f"; {extra} more parameters trained densely" if extra else "",
+        fallback_note(fell_back),
     )  # fmt: skip
     whole = sum(config.lra_rank >= min(shape) for shape in shapes)
     if whole:

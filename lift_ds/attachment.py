@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PRINCIPAL_KEYS, PrincipalLayer
+from lift_ds.selection.encoding import CompactIndex
 
 _ATTRIBUTE = "_lift_attachment"
 
@@ -27,6 +28,8 @@ class Attachment:
         gradient_seen: whether a gradient reached a principal value since the last applied step.
         backwards: how often a gradient reached a layer before the first applied step.
         step_seen: whether a step has been applied.
+        subspaces: dotted name -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank has
+            those of the matrices it selects in.
         hooks: on the model, for as long as LIFT is attached.
     """
 
@@ -38,14 +41,15 @@ class Attachment:
     gradient_seen: bool = False
     backwards: int = 0
     step_seen: bool = False
+    subspaces: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
 
-    def note_backward(self, layer: PrincipalLayer, index: Tensor) -> None:
+    def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
         """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
 
         Args:
             layer: the layer.
-            index: its principal index, int [k].
+            index: its principal index, whole.
 
         Raises:
             RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
@@ -61,8 +65,10 @@ class Attachment:
         self.gradient_seen = True
         if not self.step_seen:
             self.backwards += 1
-            # Comparing synchronises a device: at every power of two, and no more once a step has been applied.
-            if whole and self.backwards & (self.backwards - 1) == 0 and not layer.holds_its_values(index):
+            # Comparing decodes the index and synchronises a device: at every power of two, and no more once a step has
+            # been applied.
+            due = whole and self.backwards & (self.backwards - 1) == 0
+            if due and not layer.holds_its_values(index.positions()):
                 raise RuntimeError(
                     "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
                     "them into the weights. Let the LiftAdamW that was built take the steps, or add "

@@ -16,7 +16,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +26,8 @@ from lift_ds.attachment import Attachment
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.refresh_plan import RefreshPlan, plan_refresh
-from lift_ds.selection import carry_over, principal_indices
+from lift_ds.refresh_plan import Jobs, RefreshPlan, plan_refresh
+from lift_ds.selection import Selected, carry_over, select_principal
 from lift_ds.store import PrincipalStore, Selection
 
 logger = get_logger()
@@ -39,51 +39,113 @@ APPLIED_STEPS = "lift_steps"
 _PROGRESS_AFTER_SECONDS = 10.0
 
 
-def select(name: str, weight: Tensor, config: LiftConfig, tile_entries: int) -> Tensor:
+def select(
+    name: str, weight: Tensor, config: LiftConfig, *, solver: str, tile_entries: int, start: Tensor | None = None
+) -> Selected:
     """Select the principal indices of one managed weight.
 
     Args:
         name: dotted name of the layer, for the message of an error.
         weight: [m, n], whole.
-        config: budget, rank and solver.
+        config: budget, rank, tolerance, blocks and seed.
+        solver: "svd", "gram" or "chebyshev".
         tile_entries: entries of W' that are formed at a time.
-
-    Returns:
-        int32 [k], ascending.
+        start: subspace of the last selection.
 
     Raises:
         ValueError: when the weight has NaN or infinite entries, naming it.
     """
-    k = config.entries(*weight.shape)
     try:
-        return principal_indices(
-            weight, k=k, lra_rank=config.lra_rank, solver=config.solver, tile_entries=tile_entries
-        ).int()
+        return select_principal(
+            weight,
+            k=config.entries(*weight.shape),
+            lra_rank=config.lra_rank,
+            solver=solver,
+            tolerance=config.selection_tolerance,
+            start=start,
+            seed=config.seed,
+            block_shape=config.block_shape,
+            tile_entries=tile_entries,
+        )
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
 
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What one refresh did: at which applied step, matrices, entries in all, share replaced, seconds."""
+    """What one refresh, or a part of one, did.
+
+    Args:
+        step: after which applied step.
+        matrices: how many.
+        entries: selected in all.
+        replaced: entries that had not been selected before.
+        seconds: in all.
+        selection_seconds: those each rank spent on receiving, factoring and selecting.
+        fell_back: matrices in which "chebyshev" did not reach its tolerance, so that "gram" was used.
+        estimate: share of a selection that may differ from the exact one, by the solver's own estimate; the largest of
+            all matrices, 0 where every solver was exact.
+        parts: how many it was made in.
+    """
 
     step: int
     matrices: int
     entries: int
-    churn: float
+    replaced: int
     seconds: float
-    #: Seconds each rank spent on receiving, factoring and selecting.
     selection_seconds: tuple[float, ...]
+    fell_back: int = 0
+    estimate: float = 0.0
+    parts: int = 1
+
+    @property
+    def churn(self) -> float:
+        """Share of the entries that was replaced."""
+        return self.replaced / self.entries
+
+    @staticmethod
+    def of(parts: Sequence[RefreshReport]) -> RefreshReport:
+        """Return the report of a refresh that was made in parts."""
+        return RefreshReport(
+            step=parts[-1].step,
+            matrices=sum(part.matrices for part in parts),
+            entries=sum(part.entries for part in parts),
+            replaced=sum(part.replaced for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            selection_seconds=tuple(map(sum, zip(*(part.selection_seconds for part in parts), strict=True))),
+            fell_back=sum(part.fell_back for part in parts),
+            estimate=max(part.estimate for part in parts),
+            parts=len(parts),
+        )
 
     def __str__(self) -> str:
         text = (
             f"LIFT refresh at step {self.step}: {self.matrices} matrices, {self.entries:,} entries, "
             f"churn {self.churn:.1%}, {self.seconds:.2f} s"
         )
-        if len(self.selection_seconds) == 1:
-            return text
-        slowest = max(range(len(self.selection_seconds)), key=self.selection_seconds.__getitem__)
-        return f"{text} (selection on the slowest rank, {slowest}: {self.selection_seconds[slowest]:.2f} s)"
+        if self.parts > 1:
+            text += f" in {self.parts} parts"
+        if len(self.selection_seconds) > 1:
+            slowest = max(range(len(self.selection_seconds)), key=self.selection_seconds.__getitem__)
+            text += f" (selection on the slowest rank, {slowest}: {self.selection_seconds[slowest]:.2f} s)"
+        if self.estimate:
+            text += f", selections exact up to an estimated {self.estimate:.2%}"
+        return text + fallback_note(self.fell_back)
+
+
+def fallback_note(matrices: int) -> str:
+    """Return what a log line says of matrices in which "chebyshev" fell back to "gram"."""
+    if not matrices:
+        return ""
+    return f'; in {matrices} of them chebyshev did not reach "selection_tolerance" and gram was used'
+
+
+class _Work(NamedTuple):
+    """What one rank did in a refresh: see `RefreshReport`."""
+
+    seconds: float
+    fell_back: float
+    estimate: float
 
 
 class Driver:
@@ -95,8 +157,8 @@ class Driver:
         optimizer: the innermost torch optimizer; its parameter groups carry the count of applied steps.
 
     Attributes:
-        plan: who selects in which matrix.
-        reports: what the refreshes of this process did, oldest first.
+        plan: who selects in which matrix, and when.
+        reports: what the refreshes of this process did, or the parts of them, oldest first.
     """
 
     def __init__(self, attachment: Attachment, store: PrincipalStore, optimizer: Any) -> None:
@@ -106,12 +168,22 @@ class Driver:
         self.reports: list[RefreshReport] = []
         self.plan = self._plan()
         attachment.driver = self
+        own = self.plan.jobs_of(store.rank)
+        attachment.subspaces = {name: start for name, start in attachment.subspaces.items() if name in own}
+        self._unfinished: list[RefreshReport] = []  # parts of the refresh that is under way
 
     def _plan(self) -> RefreshPlan:
         layers = self.attachment.layers
         shapes = {name: (rows, columns) for name, layer in layers.items() for rows, columns in [layer.shape()]}
-        itemsize = max(layer.weight.element_size() for layer in layers.values())
-        return plan_refresh(shapes, itemsize, self.attachment.config, self.store.ranks, collected=self.store.sharded)
+        weights = [layer.weight for layer in layers.values()]
+        return plan_refresh(
+            shapes,
+            max(weight.element_size() for weight in weights),
+            self.attachment.config,
+            self.store.ranks,
+            collected=self.store.sharded,
+            device_type=weights[0].device.type,
+        )
 
     @property
     def applied_steps(self) -> int:
@@ -128,49 +200,62 @@ class Driver:
         steps = self.applied_steps + 1
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
-        if steps % self.attachment.config.refresh_interval == 0:
+        due = self.plan.due(steps)
+        if due is not None:
             with watch.during(f"refresh at step {steps}"):
-                self._refresh(steps)
+                self._refresh(steps, due)
 
     def step_skipped(self) -> None:
         """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""
         self.store.release()
 
-    def _refresh(self, step: int) -> None:
+    def _refresh(self, step: int, jobs: Jobs) -> None:
         start = time.perf_counter()
-        selections, seconds = self._select()
+        owners = {name: rank for rank, names in enumerate(jobs) for name in names}
+        selections, work = self._select(jobs)
+        layers = {name: layer for name, layer in self.attachment.layers.items() if name in owners}
         replaced = 0
-        for name, layer in self.attachment.layers.items():
-            selection = self.store.hand_out(layer, self.plan.owner_of(name), selections.pop(name, None))
+        for name, layer in layers.items():
+            selection = self.store.hand_out(layer, owners[name], selections.pop(name, None))
             replaced += self._carry(layer, selection)
-        entries = self.attachment.entries()
-        report = RefreshReport(
-            step,
-            len(self.attachment.layers),
-            entries,
-            replaced / entries,
-            time.perf_counter() - start,
-            tuple(seconds),
+        self._report(
+            RefreshReport(
+                step,
+                len(layers),
+                sum(layer.entries() for layer in layers.values()),
+                replaced,
+                time.perf_counter() - start,
+                tuple(one.seconds for one in work),
+                int(sum(one.fell_back for one in work)),
+                max(one.estimate for one in work),
+            )
         )
-        self.reports.append(report)
-        logger.info("%s", report)
 
-    def _select(self) -> tuple[dict[str, Selection], list[float]]:
-        """Select in the matrices this rank owns; return them by name, and the seconds each rank took."""
+    def _report(self, report: RefreshReport) -> None:
+        self.reports.append(report)
+        self._unfinished.append(report)
+        if self.plan.completes(report.step):
+            logger.info("%s", RefreshReport.of(self._unfinished))
+            self._unfinished = []
+
+    def _select(self, jobs: Jobs) -> tuple[dict[str, Selection], list[_Work]]:
+        """Select in the matrices this rank owns; return the selections by name, and the work of each rank."""
         start = time.perf_counter()
         selections: dict[str, Selection] = {}
-        failure = ""
-        with _progress(len(self.attachment.layers)) as progress:
-            for round_ in itertools.zip_longest(*self.plan.jobs):
+        failure, fell_back, estimate = "", 0, 0.0
+        with _progress(sum(map(len, jobs))) as progress:
+            for round_ in itertools.zip_longest(*jobs):
                 mine = self._collect(round_)
                 if mine is not None and not failure:
                     try:
-                        selections[mine[0]] = self._select_one(*mine)
+                        selections[mine[0]], found = self._select_one(*mine)
+                        fell_back, estimate = fell_back + found.fell_back, max(estimate, found.estimate)
                     except ValueError as error:  # the other ranks are to stop too, not to wait
                         failure = str(error)
                 del mine  # before the next weight comes
                 progress.update(sum(name is not None for name in round_))
-        return selections, self.store.agree(failure, time.perf_counter() - start)
+        work = _Work(time.perf_counter() - start, fell_back, estimate)
+        return selections, [_Work(*numbers) for numbers in self.store.agree(failure, work)]
 
     def _collect(self, round_: Sequence[str | None]) -> tuple[str, Tensor] | None:
         """Let each owner of a round have its weight; return this rank's, with its name."""
@@ -182,10 +267,21 @@ class Driver:
                     mine = name, weight
         return mine
 
-    def _select_one(self, name: str, weight: Tensor) -> Selection:
+    def _select_one(self, name: str, weight: Tensor) -> tuple[Selection, Selected]:
+        """Select in one matrix; return what to hand out, and how it was found."""
+        subspaces = self.attachment.subspaces
         with watch.during(f"selecting in {name}"):
-            index = select(name, weight, self.attachment.config, self.plan.tile_entries[name])
-        return self.store.choose(self.attachment.layers[name], weight, index)
+            found = select(
+                name,
+                weight,
+                self.attachment.config,
+                solver=self.plan.solvers[name],
+                tile_entries=self.plan.tile_entries[name],
+                start=subspaces.get(name),
+            )
+        if found.subspace is not None:
+            subspaces[name] = found.subspace
+        return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found
 
     def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:
         """Carry the state of one layer over to its new index; return how many entries are new."""

@@ -13,8 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lift_ds.kernels import entries_of
 from lift_ds.layers import PrincipalLayer
 from lift_ds.selection import PrincipalState
+from lift_ds.selection.encoding import CompactIndex
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class PrincipalStore(Protocol):
     def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
         """Return the current weights [k] at a selection that was handed out; `index` is its index, decoded."""
 
-    def agree(self, failure: str, seconds: float) -> list[float]:
-        """Return the seconds of all ranks.
+    def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all ranks.
 
         Raises:
             ValueError: on every rank, if any of them gives a failure; with the first one's text.
@@ -98,10 +100,10 @@ class DenseStore:
     def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
         return layer.weight.detach().view(-1)[index.long()]
 
-    def agree(self, failure: str, seconds: float) -> list[float]:
+    def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
         if failure:
             raise ValueError(failure)
-        return [seconds]
+        return [list(numbers)]
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return nullcontext()
@@ -130,13 +132,12 @@ class DenseStore:
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:
-            put_values(layer.weight, layer.principal_index, layer.principal_values)
+            put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
 
     def release(self) -> None:
         pass
 
 
-@torch.no_grad()
-def put_values(weight: Tensor, index: Tensor, values: Tensor) -> None:
-    """W.flat[I] = θ, in place; a contiguous weight [m, n], int positions [k], values [k] of any floating dtype."""
-    weight.view(-1).index_put_((index,), values.to(weight.dtype))
+def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:
+    """W.flat[I] = θ, in place; a contiguous weight [m, n], its whole index, values [k] of any floating dtype."""
+    entries_of(index).put(weight.detach().view(-1), 0, values.detach())

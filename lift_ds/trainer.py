@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lift_ds import checkpoint
 from lift_ds.attachment import require_attachment
-from lift_ds.checkpoint import Layout
+from lift_ds.checkpoint import Layout, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import by_main
 from lift_ds.refresh import Driver
@@ -33,8 +33,8 @@ class LiftCallback(WatchedSaves):
     written it, and only then are those deleted that `save_total_limit` has no room for.
 
     Args:
-        resume_from_checkpoint: the folder that is given to `trainer.train`; needed for a universal checkpoint, of
-            which DeepSpeed loads a part.
+        resume_from_checkpoint: the folder that is given to `trainer.train`, where it is not the last one in
+            `output_dir`; needed for a universal checkpoint, of which DeepSpeed loads a part.
     """
 
     def __init__(self, resume_from_checkpoint: str | os.PathLike[str] | None = None) -> None:
@@ -62,6 +62,8 @@ class LiftCallback(WatchedSaves):
             else:
                 _finish_universal(model, optimizer, self._resumed)
         self._driver = bind(model, optimizer)
+        if state.global_step > 0:
+            subspaces.restore(model, self._resumed or _checkpoint(args, state))
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()

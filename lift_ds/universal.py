@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import manifest
+from lift_ds.checkpoint import manifest, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import alone
 from lift_ds.zero.universal import SavedRun, write_universal
@@ -57,6 +57,8 @@ def _convert(source: Path, target: Path) -> int:
     try:
         (target / inner).mkdir(parents=True, exist_ok=True)
         tensors = write_universal(run, target / inner)
+        for path in source.glob(subspaces.PATTERN):
+            shutil.copy(path, target)
         if inner:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_NEEDED, inner), dirs_exist_ok=True)
         named = (target, inner) if inner else (target.parent, target.name)

@@ -23,6 +23,21 @@ PARITY_STEPS = 60
 PARITY_ODD = replace(PARITY, budget_rank=None, density=0.3)
 
 
+#: The parity runs with each of the other solvers; by so small a tolerance "chebyshev" has to select exactly.
+PARITY_SOLVERS = {
+    "gram": replace(PARITY, solver="gram"),
+    "chebyshev": replace(PARITY, solver="chebyshev", selection_tolerance=1e-4),
+}
+#: Blocks of entries, refreshed in turns.
+PARITY_BLOCKS = replace(PARITY, block_shape=(2, 4), refresh_parts=3)
+
+
+def parity_runs(ranks: int) -> list[tuple[str, int]]:
+    """The models and ZeRO stages that are compared with the reference; on four ranks, on two cores, only some."""
+    stages = {"llama": range(4), "matrices": range(4) if ranks < 4 else [3]}
+    return [(kind, stage) for kind in stages for stage in stages[kind]]
+
+
 def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """A Llama of two layers with the same weights at every call."""
     settings: dict[str, Any] = {

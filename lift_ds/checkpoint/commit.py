@@ -21,7 +21,8 @@ from typing import Any
 from torch import nn
 
 from lift_ds.attachment import require_attachment
-from lift_ds.checkpoint import manifest
+from lift_ds.checkpoint import manifest, subspaces
+from lift_ds.config import LiftConfig
 from lift_ds.layers import logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main, from_all, rank_and_count, together
@@ -45,6 +46,9 @@ _STATES = (".pt", ".pth", ".bin", ".safetensors")
 _FREE_SETTINGS = frozenset(
     {
         "solver",
+        "selection_tolerance",
+        "seed",
+        "refresh_parts",
         "index_placement",
         "refresh_memory_gib",
         "refresh_interval",
@@ -55,6 +59,8 @@ _FREE_SETTINGS = frozenset(
         "stall_timeout",
     }
 )
+
+_DEFAULTS = LiftConfig(density=1.0).to_dict()
 
 Folder = str | os.PathLike[str]
 Description = dict[str, Any]
@@ -91,10 +97,11 @@ class Choice:
 def commit(
     model: nn.Module, directory: Folder, *, step: int = 0, layout: Layout | None = None, latest: bool = True
 ) -> None:
-    """Write the description of a checkpoint that every rank has finished writing; all ranks call.
+    """Complete a checkpoint that every rank has finished writing, and write its description; all ranks call.
 
-    Two all-gathers of file names and checksums; every file is read once, by one rank. Afterwards the checkpoint is
-    whole for `newest` and `verify`, whatever happens to this process.
+    Each rank adds the subspaces its solver starts from. A few all-gathers of file names and checksums; every file is
+    read once, by one rank. Afterwards the checkpoint is whole for `newest` and `verify`, whatever happens to this
+    process.
 
     Args:
         model: the model LIFT is attached to.
@@ -107,6 +114,7 @@ def commit(
         ValueError: on every rank, when a file cannot be read or the description cannot be written.
     """
     layout = layout or Layout(1, 0)
+    together(lambda: subspaces.write(model, directory))
     content = {
         "written": time.time(),
         "step": step,
@@ -321,8 +329,9 @@ def _belonging(model: nn.Module) -> Description:
 def _compare(path: str, saved: Description, current: Description) -> None:
     _compare_layers(path, saved["matrices"], current["matrices"])
     for key, value in current["config"].items():
-        if key not in _FREE_SETTINGS and saved["config"].get(key) != value:
-            raise ValueError(f"{path}: saved with {key}={saved['config'].get(key)!r}, this run has {key}={value!r}")
+        before = saved["config"].get(key, _DEFAULTS.get(key))  # a checkpoint may be older than a setting
+        if key not in _FREE_SETTINGS and before != value:
+            raise ValueError(f"{path}: saved with {key}={before!r}, this run has {key}={value!r}")
 
 
 def _compare_layers(path: str, saved: Description, current: Description) -> None:

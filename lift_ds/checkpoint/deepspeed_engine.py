@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed import comm
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import manifest
+from lift_ds.checkpoint import manifest, subspaces
 from lift_ds.checkpoint.failed_save import LATEST, WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
@@ -90,6 +90,7 @@ def _loader(load: Any) -> Any:
             result = load(load_dir, tag, *args, **kwargs)
         finally:
             self._config.load_universal_checkpoint = before
+        subspaces.restore(self.module, folder)
         if self.zero_nvme_offload_optimizer():
             restore_states(self.optimizer, folder)
         if universal:

@@ -101,7 +101,7 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
 
 
 def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParameterStore:
-    store, frozen = PartitionedParameterStore(wrapper), FrozenShards(model.parameters())
+    frozen = FrozenShards(model.parameters())
     prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
 
     def before_checkpoint() -> None:
@@ -112,10 +112,9 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParame
     def after_checkpoint() -> None:
         frozen.put_back()
         epilogue()
-        store.forget_positions()
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
-    return store
+    return PartitionedParameterStore(wrapper)
 
 
 def _refuse_second_copies(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:

@@ -18,6 +18,9 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
 from torch import Tensor
 
+from lift_ds.kernels import entries_of
+from lift_ds.selection.encoding import CompactIndex
+
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Tell whether ZeRO-3 partitions a parameter (even if it is whole at this moment)."""
@@ -141,30 +144,17 @@ def assign(parameter: Any, value: Tensor) -> None:
         parameter.copy_(value.view_as(parameter))
 
 
-def own_entries(weight: Any, index: Tensor) -> slice:
-    """Return which entries of an index lie in this rank's shard of the weight; one synchronisation of the device.
-
-    Args:
-        weight: partitioned [m, n].
-        index: whole int32 [k], ascending.
-    """
-    bounds = torch.tensor(shard_range(weight), dtype=index.dtype, device=index.device)
-    first, last = torch.searchsorted(index, bounds).tolist()
-    return slice(first, last)
-
-
 @torch.no_grad()
-def put_values_in_shard(weight: Any, index: Tensor, values: Tensor, own: slice) -> None:
+def put_values_in_shard(weight: Any, index: CompactIndex, values: Tensor) -> None:
     """W.flat[I] = θ in this rank's shard of W (and in W where it is whole at the moment); no collective runs.
 
     Args:
         weight: partitioned [m, n].
-        index: whole int32 [k], ascending.
+        index: whole.
         values: whole [k].
-        own: the entries that lie in this rank's shard.
     """
-    positions = index[own].long() - shard_range(weight)[0]
+    start, stop = shard_range(weight)
     with shard_in_memory(weight, write=True) as shard:
-        shard.index_put_((positions.to(shard.device),), values[own].to(shard))
+        entries_of(index.to(shard.device)).put(shard[: stop - start], start, values.to(shard.device))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
-        weight.view(-1).index_put_((index,), values.to(weight.dtype))
+        entries_of(index).put(weight.view(-1), 0, values)

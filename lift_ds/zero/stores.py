@@ -30,7 +30,7 @@ from torch import Tensor
 from lift_ds.layers import PrincipalLayer
 from lift_ds.selection import PrincipalState
 from lift_ds.store import DenseStore, Selection, put_values
-from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_entries, own_part, put_values_in_shard
+from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_part, put_values_in_shard
 from lift_ds.zero.sharded_index import ShardedIndex
 
 #: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
@@ -68,17 +68,17 @@ class _RankedStore:
         self.rank = comm.get_rank(group=group)
         self.ranks = comm.get_world_size(group=group)
 
-    def agree(self, failure: str, seconds: float) -> list[float]:
-        """One all-gather of two numbers a rank; the text of a failure crosses the network only if there is one."""
+    def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
+        """One all-gather of a few numbers a rank; the text of a failure crosses the network only if there is one."""
         device = get_accelerator().current_device_name()
-        mine = torch.tensor([float(bool(failure)), seconds], device=device)
-        everyone = torch.empty(self.ranks * 2, device=device)
+        mine = torch.tensor([float(bool(failure)), *numbers], device=device)
+        everyone = mine.new_empty(self.ranks * mine.numel())
         comm.all_gather_into_tensor(everyone, mine, group=self._group)
-        everyone = everyone.view(self.ranks, 2)
+        everyone = everyone.view(self.ranks, -1)
         failed = everyone[:, 0].nonzero()
         if failed.numel():
             raise ValueError(self._text_of(failure, int(failed[0])))
-        return everyone[:, 1].tolist()
+        return everyone[:, 1:].tolist()
 
     def _text_of(self, failure: str, rank: int) -> str:
         text = [failure]
@@ -105,7 +105,7 @@ class PartitionedStateStore(_RankedStore):
     """Stages 1 and 2: master and moments are shards of flat groups, the index too; θ and W are whole on every rank.
 
     A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (2 k bytes). Reading a
-    state all-reduces k float32 values for each of its three tensors, writing is local. Write-back uses the index that
+    state is one all-reduce of 3 k float32 values, writing is local. Write-back uses the index that
     backward has gathered, and moves nothing.
 
     Args:
@@ -140,7 +140,7 @@ class PartitionedStateStore(_RankedStore):
         # replaces the tensors it has linked.
         self._wrapper._hp_optimizer_states_linked = False
         self._wrapper._lazy_init_hp_params_optimizer_state()
-        return _read_full(layer)
+        return _read_fragments(layer.principal_values)
 
     @torch.no_grad()
     def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
@@ -156,7 +156,7 @@ class PartitionedStateStore(_RankedStore):
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:
             with self.whole_index(layer):
-                put_values(layer.weight, layer.principal_index, layer.principal_values)
+                put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
         self.release()
 
     def release(self) -> None:
@@ -180,8 +180,6 @@ class PartitionedParameterStore(_RankedStore):
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper.dp_process_group)
-        #: For each layer which of its entries lie in this rank's shard of W; until its index changes.
-        self._own: dict[PrincipalLayer, slice] = {}
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return gathered_to(layer.weight, owner)
@@ -214,23 +212,13 @@ class PartitionedParameterStore(_RankedStore):
                 safe_set_local_optimizer_state(layer.principal_values, part_of(getattr(state, key)), key)
         assign(layer.principal_values, state.master)
         assign(layer.principal.index.words, words)
-        self._own.pop(layer, None)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for batch in _batches(layers, _WRITE_BACK_BATCH):
             principal = [layer.principal for layer in batch]
             with gathered([p for one in principal for p in (one.values, one.index.words)]):
                 for layer in batch:
-                    self._write_back_one(layer, layer.principal_index, layer.principal_values.detach())
-
-    def forget_positions(self) -> None:
-        """Take note that a loaded checkpoint may have changed any index."""
-        self._own.clear()
-
-    def _write_back_one(self, layer: PrincipalLayer, index: Tensor, values: Tensor) -> None:
-        if layer not in self._own:
-            self._own[layer] = own_entries(layer.weight, index)
-        put_values_in_shard(layer.weight, index, values, self._own[layer])
+                    put_values_in_shard(layer.weight, layer.principal.index.compact(), layer.principal_values.detach())
 
     def release(self) -> None:
         pass
@@ -250,7 +238,24 @@ def _batches(layers: Sequence[PrincipalLayer], limit: int) -> Iterator[list[Prin
         yield batch
 
 
+def _read_fragments(values: Any) -> PrincipalState:
+    """Read what the ranks of stage 1 or 2 hold fragments of; one all-reduce, where DeepSpeed's getters take three.
+
+    Args:
+        values: θ [k], linked by DeepSpeed to the fragment of its flat group that this rank holds, if any.
+    """
+    whole = torch.zeros(3, values.numel(), dtype=torch.float32, device=values.device)
+    held = values._hp_mapping
+    if held is not None:
+        own = slice(held.lp_fragment_address.start, held.lp_fragment_address.start + held.lp_fragment_address.numel)
+        for row, key in enumerate((None, "exp_avg", "exp_avg_sq")):
+            whole[row, own].copy_(held.get_hp_fragment(key))
+    comm.all_reduce(whole, group=values._dp_group)
+    return PrincipalState(*whole)
+
+
 def _read_full(layer: PrincipalLayer) -> PrincipalState:
+    # In one all-gather it would need the local values, which DeepSpeed does not fetch from a disk.
     values = layer.principal_values
     moments = [safe_get_full_optimizer_state(values, key) for key in ("exp_avg", "exp_avg_sq")]
     return PrincipalState(*(tensor.view(-1) for tensor in (safe_get_full_fp32_param(values), *moments)))

@@ -91,7 +91,7 @@ def test_every_damage_is_refused_before_anything_is_loaded(pair: list[Results]) 
     assert first["messages"] == second["messages"]
     assert first["untouched"]
     assert second["untouched"]
-    assert len(first["messages"]) == 4 * 3 + 2, "three state files and the description"
+    assert len(first["messages"]) == 6 * 3 + 2, "three state files, the subspaces of two ranks and the description"
     for name, message in first["messages"].items():
         assert message.startswith("ValueError: "), name
         file = "zero_pp_rank_0_mp_rank_00_optim_states.pt" if name.startswith("of the other") else name.split()[0]

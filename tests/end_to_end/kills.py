@@ -157,13 +157,13 @@ def live(main: Callable[[list[str]], int], plan: Plan, number: int, chance: rand
     output = Path(plan.folder) / "out"
     resumed_from, began = newest_whole(output), time.monotonic()
     argv = [*plan.flags, "--output_dir", str(output), "--resume_from_checkpoint", "auto"]
-    moment = chance.choice(list(MOMENTS))
+    moment = list(MOMENTS)[number % len(MOMENTS)]  # in turn, so that few lives meet all of them
     victims = chance.choice([[0], [1], [0, 1]])
     # Any moment: of the seconds a life takes, the start included. Elsewhere a moment within the operation.
     skip = (
         chance.randrange(8) if moment in ("forward", "backward", "step") else chance.randrange(2) * (moment == "save")
     )
-    delay = chance.uniform(0, 5) if moment == "any" else chance.uniform(0, 0.05)
+    delay = chance.uniform(0, 5) if moment == "any" else chance.uniform(0, 0.02)
     group, board = start_life(main, argv, Path(plan.folder) / f"life{number}")
     try:
         alive = wait_for_moment(group, board, victims[0], moment, skip, delay)

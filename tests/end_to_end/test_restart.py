@@ -72,6 +72,7 @@ def small_disk(eight_steps: Finished, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow  # a launch; tests/distributed has the same without the Trainer
 def test_full_disk_ends_the_run_in_one_line(small_disk: Path, material: Material, tmp_path: Path) -> None:
     output = small_disk / "out"
     flags = material.flags(output, *EIGHT_STEPS, "--save_steps", 2)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cases
 import engines
 import torch
+import torch.distributed as dist
 
 import lift_ds
 
@@ -38,12 +39,18 @@ def run(
     losses = engines.train(engine, kind, range(cases.PARITY_STEPS), after_step, accumulation)
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     kernel = "fused AdamW" if inner._kernel is None else type(inner._kernel).__name__
-    result = {"losses": losses, "indices": indices, "weights": engines.whole_weights(model), "kernel": kernel}
+    result = {
+        "losses": losses,
+        "indices": indices,
+        "weights": engines.whole_weights(model),
+        "kernel": kernel,
+        "refreshes": [(report.step, report.matrices, report.fell_back) for report in engine.optimizer.driver.reports],
+    }
     engine.destroy()
     return result
 
 
 if __name__ == "__main__":
     engines.start()
-    results = {f"{kind} stage {stage}": run(kind, stage) for kind in ("llama", "matrices") for stage in range(4)}
+    results = {f"{kind} stage {stage}": run(kind, stage) for kind, stage in cases.parity_runs(dist.get_world_size())}
     engines.finish(sys.argv[1], results)

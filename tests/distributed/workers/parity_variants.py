@@ -1,5 +1,5 @@
-"""The parity case with offload, accumulation, clipping, bf16, a replicated index and odd numbers of entries; saves what
-`parity` saves.
+"""The parity case with offload, accumulation, clipping, bf16, a replicated index, odd numbers of entries, the other
+solvers, and blocks refreshed in turns; saves what `parity` saves.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ if __name__ == "__main__":
     results["replicated"] = run("llama", 2, settings=replace(cases.PARITY, index_placement="replicated"))
     for stage in (2, 3):
         results[f"odd stage {stage}"] = run("matrices", stage, settings=cases.PARITY_ODD)
+        for solver, settings in cases.PARITY_SOLVERS.items():
+            results[f"{solver} stage {stage}"] = run("llama", stage, settings=settings)
+        results[f"blocks stage {stage}"] = run("matrices", stage, settings=cases.PARITY_BLOCKS)
     for stage in (0, 2, 3):
         results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
     for stage in range(4):
