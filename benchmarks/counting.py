@@ -23,13 +23,14 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Operator of torch -> (kind, number of the argument whose tensors are the whole of it).
@@ -224,3 +225,20 @@ def bytes_by_category(
     for cdata, size in {storage._cdata: storage.nbytes() for storage in storages}.items():
         totals[owner.get(cdata, rest)] += size
     return totals
+
+
+def allocated_peak(action: Callable[[], object]) -> int:
+    """Run an action and return the most bytes that torch's allocator on the CPU held at a time for it.
+
+    Counted are the events of the allocator, which has also the workspaces of torch's linear algebra; not what the
+    libraries below it (MKL, the runtime of the threads) allocate for themselves.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak > 0, "nothing was recorded"
+    return peak

@@ -28,14 +28,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
-import deepspeed
 import formulas
 import torch
 from counting import Ledger, Window, bytes_by_category, walk_storages
 from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, categories, sizes
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from llamas import build_llama, dense_engine, lora_rank
 
 import lift_ds
 
@@ -72,36 +69,6 @@ class Case:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
 
 
-def matrix_shapes(hidden: int, intermediate: int) -> list[tuple[int, int]]:
-    """Return the shapes of the managed matrices of one layer."""
-    return [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
-
-
-def rank_for(density: float, hidden: int, intermediate: int) -> int:
-    """Return the rank of the LoRA that trains nearest to that share of the managed matrices."""
-    shapes = matrix_shapes(hidden, intermediate)
-    return max(1, round(density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)))
-
-
-def build_model(case: Case) -> nn.Module:
-    """Build a Llama in bf16, the same on every rank."""
-    torch.manual_seed(1)
-    heads = max(1, case.hidden // 64)
-    config = LlamaConfig(
-        vocab_size=case.vocabulary,
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        num_hidden_layers=case.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=case.sequence,
-        attn_implementation="sdpa",
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
-
-
 def ds_config(case: Case) -> Record:
     """A DeepSpeed configuration whose buckets follow the width, and whose ZeRO-3 lets go of a layer after its use.
 
@@ -127,19 +94,12 @@ def ds_config(case: Case) -> Record:
 
 def build_engine(case: Case) -> Any:
     """Build the engine of a method."""
-    model: Any = build_model(case)
+    model: Any = build_llama(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
     if case.method.startswith("lift"):
         block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
         block["index_placement"] = placement_of(case)
         return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
-    if case.method == "lora":
-        model = get_peft_model(model, LoraConfig(r=case.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    else:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("_proj.weight"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(case))[0]
+    return dense_engine(model, case.method, case.rank, ds_config(case))
 
 
 def placement_of(case: Case) -> str:
@@ -344,7 +304,7 @@ def table(records: list[Record]) -> str:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Return the configurations asked for; a replicated index is a case of its own where it could be sharded."""
-    rank = args.rank or rank_for(args.density, args.hidden, args.intermediate)
+    rank = args.rank or lora_rank(args.density, args.hidden, args.intermediate)
     found = []
     for n, stage, method in itertools.product(args.ranks, args.stages, args.methods):
         if method == "lift-replicated" and (stage not in (1, 2) or n == 1):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,11 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import deepspeed
-import peft
 import torch
 import torch.distributed as dist
-import transformers
+from records import RESULTS, surroundings, write_json
 
-RESULTS = Path(__file__).parent / "results"
+__all__ = ["RESULTS", "run_on_ranks", "write_results"]
 
 Results = dict[str, Any]
 
@@ -99,34 +96,7 @@ def _rank(job: Callable[..., Results], rank: int, ranks: int, folder: str, argum
     dist.destroy_process_group()
 
 
-def surroundings() -> Results:
-    """What a result depends on beside the code: hardware, versions, date."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": _processor(),
-            "cores": os.cpu_count(),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            "backend": "gloo",
-            "threads_per_rank": 1,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
-        },
-    }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def write_results(path: Path, results: Results) -> None:
     """Write one result file, its surroundings first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**surroundings(), **results}, indent=1) + "\n")
-    print(f"written to {path}")
+    around = surroundings(("deepspeed", "transformers", "peft"), backend="gloo", threads_per_rank=1)
+    write_json(path, {**around, **results})

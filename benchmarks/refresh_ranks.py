@@ -75,10 +75,10 @@ def run(case: Case) -> Record:
         _step(engine, case)
     driver = engine.optimizer.driver
     costs = {
-        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.attachment.config.solver)
+        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.solvers[name])
         for layer, name in enumerate(driver.attachment.layers)
     }
-    own = driver.plan.jobs[dist.get_rank()]
+    own = driver.plan.jobs_of(dist.get_rank())
     return {
         "seconds": [report.seconds for report in driver.reports[1:-1]],
         "selection_seconds": [report.selection_seconds[dist.get_rank()] for report in driver.reports[1:-1]],

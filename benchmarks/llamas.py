@@ -1,0 +1,67 @@
+"""The Llamas the benchmarks train: their managed matrices, the LoRA of equal size, the model with random weights,
+and the engines that LIFT is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def matrix_shapes(hidden: int, intermediate: int) -> list[tuple[int, int]]:
+    """Return the shapes of the managed matrices of one layer."""
+    return [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+
+
+def lora_rank(density: float, hidden: int, intermediate: int) -> int:
+    """Return the rank of the LoRA that trains nearest to that share of the managed matrices."""
+    shapes = matrix_shapes(hidden, intermediate)
+    return max(1, round(density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)))
+
+
+def build_llama(
+    hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int, device: str = "cpu"
+) -> nn.Module:
+    """Build a Llama in bf16, the same on every rank."""
+    # Not at the top: DeepSpeed, which transformers imports, first wants to be told of the device.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    heads = max(1, hidden // (64 if hidden < 4096 else 128))
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=sequence,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def dense_engine(model: Any, method: str, rank: int, ds_config: dict[str, Any]) -> Any:
+    """Build DeepSpeed's engine of what LIFT is compared with, by torch's fused AdamW.
+
+    Args:
+        model: a Llama.
+        method: "full", over the managed matrices alone, or "lora".
+        rank: of the LoRA.
+        ds_config: content of a DeepSpeed file.
+    """
+    import deepspeed
+    from peft import LoraConfig, get_peft_model
+
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("_proj.weight"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]

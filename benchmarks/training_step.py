@@ -1,0 +1,219 @@
+"""A whole training step of a small Llama, or of some layers of the size of a 7B model's, by DeepSpeed.
+
+    full    the managed matrices, by fused AdamW; embeddings, norms and head are frozen in every method
+    lora    PEFT, of the rank that trains as many numbers as LIFT
+    lift    at the density of the case
+
+Each run is an engine in fresh processes: DeepSpeed keeps parts of earlier engines alive. Several ranks are forked on
+the host, over gloo; one rank is spawned, so that it may use a GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from llamas import build_llama, dense_engine, lora_rank
+
+Record = dict[str, Any]
+
+METHODS = ("full", "lora", "lift")
+
+#: Steps before the timed ones.
+_WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run; sizes are those of the model, tokens per rank and step are batch * sequence."""
+
+    method: str
+    device: str
+    ranks: int
+    density: float
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    batch: int
+    sequence: int
+    checkpointing: bool
+    steps: int
+    stage: int = 2
+
+    def lora_rank(self) -> int:
+        """Return the rank of the LoRA that trains nearest to the density."""
+        return lora_rank(self.density, self.hidden, self.intermediate)
+
+
+def ds_config(case: Case) -> Record:
+    """Return the DeepSpeed configuration of every method: that of ds_configs/lift_zero2.json, in bf16."""
+    return {
+        "train_micro_batch_size_per_gpu": case.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": case.stage,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+        },
+    }
+
+
+def build_engine(case: Case) -> Any:
+    """Build the engine of a method over a Llama with random weights, the same on every rank."""
+
+    import lift_ds
+
+    model = _build_model(case)
+    if case.method == "lift":
+        # No refresh within the run: benchmarks/refresh.py times those.
+        block = {"density": case.density, "lra_rank": case.lora_rank(), "refresh_interval": 10**6}
+        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
+    return dense_engine(model, case.method, case.lora_rank(), ds_config(case))
+
+
+def _build_model(case: Case) -> Any:
+    model: Any = build_llama(
+        case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence, device=case.device
+    )
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()  # the embeddings are frozen
+    return model
+
+
+def measure(case: Case) -> Record:
+    """Train some steps on this rank, its process group ready.
+
+    Returns:
+        Seconds of the timed steps, of their forward, backward and step, and of the processor; losses; peak bytes on a
+        GPU.
+    """
+    engine = build_engine(case)
+    # By LOCAL_RANK where there are several devices; a CUDA run has one.
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    phases: list[list[float]] = []
+    processor: list[float] = []
+    losses: list[float] = []
+    for step in range(_WARM_UP + case.steps):
+        if step == _WARM_UP and case.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
+        torch.distributed.barrier()
+        start = time.process_time()
+        spent, loss = _step(engine, tokens)
+        processor.append(time.process_time() - start)
+        phases.append(spent)
+        losses.append(loss)
+    timed = phases[_WARM_UP:]
+    return {
+        "seconds": [sum(spent) for spent in timed],
+        "phases": [statistics.median(part) for part in zip(*timed, strict=True)],
+        "processor": statistics.median(processor[_WARM_UP:]),
+        "losses": losses,
+        "trained": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
+        "peak_bytes": torch.cuda.max_memory_allocated() if case.device == "cuda" else None,
+    }
+
+
+def _step(engine: Any, tokens: torch.Tensor) -> tuple[list[float], float]:
+    """One optimizer step; returns the seconds of forward, backward and step, and the loss."""
+    marks = [_now(tokens.device)]
+    loss = engine(input_ids=tokens, labels=tokens).loss
+    marks.append(_now(tokens.device))
+    engine.backward(loss)
+    marks.append(_now(tokens.device))
+    engine.step()
+    marks.append(_now(tokens.device))
+    return [stop - start for start, stop in itertools.pairwise(marks)], loss.item()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def run_alone(case: Case, limit: float = 900.0) -> list[Record]:
+    """Run a case of one rank in a spawned process, on a GPU or the host.
+
+    Raises:
+        RuntimeError: when it fails or the limit passes; its output goes to this process's.
+    """
+    assert case.ranks == 1, "several ranks are forked by ranks.run_on_ranks"
+    with tempfile.TemporaryDirectory() as folder:
+        process = multiprocessing.get_context("spawn").Process(target=_alone, args=(case, folder))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"{case.method} on {case.device} ended with {process.exitcode} (limit {limit:.0f} s)")
+        return [json.loads(Path(folder, "result.json").read_text())]
+
+
+def _alone(case: Case, folder: str) -> None:
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+        "DS_ACCELERATOR": case.device, "MASTER_ADDR": "localhost", "MASTER_PORT": str(os.getppid()),
+    }  # fmt: skip
+    import deepspeed
+
+    backend = "nccl" if case.device == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+    Path(folder, "result.json").write_text(json.dumps(measure(case)))
+    torch.distributed.destroy_process_group()
+
+
+def cases_of(case: Case) -> list[Case]:
+    """Return the case for every method."""
+    return [replace(case, method=method) for method in METHODS]
+
+
+def summarise(case: Case, runs: list[list[list[Record]]]) -> Record:
+    """Put the runs of all methods together.
+
+    Args:
+        case: of any method.
+        runs: of each round, of each method, what its ranks returned.
+    """
+    seconds: dict[str, list[float]] = {}
+    found: Record = {**asdict(case), "lora_rank": case.lora_rank(), "methods": {}}
+    for which, method in enumerate(METHODS):
+        of_method = [round_[which] for round_ in runs]
+        # A step takes as long as on the rank that is done last; of a round counts its median step.
+        seconds[method] = [
+            statistics.median(map(max, zip(*(rank["seconds"] for rank in ranks), strict=True))) for ranks in of_method
+        ]
+        found["methods"][method] = {
+            "seconds": statistics.median(seconds[method]),
+            "all": seconds[method],
+            "forward_backward_step": [
+                statistics.median(parts) for parts in zip(*(ranks[0]["phases"] for ranks in of_method), strict=True)
+            ],
+            "processor": statistics.median(max(rank["processor"] for rank in ranks) for ranks in of_method),
+            "trained": of_method[0][0]["trained"],
+            "losses": of_method[0][0]["losses"],
+            "peak_bytes": of_method[-1][0]["peak_bytes"],
+        }
+    found["lift_against"] = {
+        method: statistics.median(lift / other for lift, other in zip(seconds["lift"], seconds[method], strict=True))
+        for method in METHODS
+    }
+    del found["method"]
+    return found
