@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lift_ds.planner.formulas import ring_share
+
 #: Operator of torch -> (kind, number of the argument whose tensors are the whole of it).
 _COLLECTIVES = {
     "c10d::allgather_": ("all_gather", 0),
@@ -59,12 +61,6 @@ _WITHOUT_PAYLOAD = {"c10d::barrier", "c10d::monitored_barrier_", "c10d::check_fo
 _COMMUNICATING = ("c10d", "_c10d_functional", "symm_mem", "deepspeed")
 
 
-def ring_share(kind: str, ranks: int) -> float:
-    """Return the bytes a rank receives in a collective by a ring algorithm, per logical byte (mean over the ranks)."""
-    passes = 2 if kind == "all_reduce" else 1
-    return passes * (ranks - 1) / ranks
-
-
 def tensors_in(thing: Any) -> Iterator[Tensor]:
     """Yield the tensors in an argument or result of an operator."""
     if isinstance(thing, Tensor):
@@ -83,6 +79,7 @@ class Window:
         peak_bytes: the most that was alive at once beyond `start_bytes`.
         peak_by_origin: at that moment the bytes beyond the start by origin, "phase operator"; origins whose bytes fell
             (gradients that the optimizer replaced, say) are negative.
+        peak_by_phase: phase -> the most that was alive at once beyond `start_bytes` while it lasted.
         logical: kind of collective -> logical bytes.
         received: kind of collective -> bytes this rank receives by a ring algorithm.
         calls: kind of collective -> how many.
@@ -92,6 +89,7 @@ class Window:
     start_by_origin: Counter[str]
     peak_bytes: int = 0
     peak_by_origin: Counter[str] = field(default_factory=Counter)
+    peak_by_phase: Counter[str] = field(default_factory=Counter)
     logical: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
@@ -172,6 +170,7 @@ class Ledger(TorchDispatchMode):
             return
         for window in self._windows:
             beyond = self.live_bytes - window.start_bytes
+            window.peak_by_phase[self.phase] = max(window.peak_by_phase[self.phase], beyond)
             if beyond > window.peak_bytes:
                 window.peak_bytes = beyond
                 window.peak_by_origin = self._by_origin.copy()

@@ -28,13 +28,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
-import formulas
 import torch
 from counting import Ledger, Window, bytes_by_category, walk_storages
-from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, categories, sizes
+from holdings import categories, sizes
 from llamas import build_llama, dense_engine, lora_rank
 
 import lift_ds
+from lift_ds.planner import formulas
+from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
@@ -64,6 +65,7 @@ class Case:
     rank: int
     batch: int
     sequence: int
+    checkpointing: bool = False
 
     def __str__(self) -> str:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
@@ -95,6 +97,8 @@ def ds_config(case: Case) -> Record:
 def build_engine(case: Case) -> Any:
     """Build the engine of a method."""
     model: Any = build_llama(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.method.startswith("lift"):
         block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
         block["index_placement"] = placement_of(case)
@@ -149,6 +153,7 @@ def _holdings(engine: Any, ledger: Ledger) -> dict[str, int]:
 def _as_json(window: Window) -> Record:
     return {
         "peak": window.peak_bytes,
+        "peak_by_phase": window.peak_by_phase,
         "peak_origins": window.largest_origins(),
         "logical": window.logical,
         "received": window.received,

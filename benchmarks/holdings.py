@@ -12,11 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lift_ds.layers import logical_shape, principal_layers
-
-#: Categories of persistent bytes, in the order of the table. A tensor belongs to the first that claims it.
-WEIGHTS, UNMANAGED, TRAINED, INDEX = "weights", "unmanaged", "trained apart", "index"
-GRADIENTS, MASTER, MOMENTS, OTHER = "gradients", "master", "moments", "other"
-CATEGORIES = (WEIGHTS, UNMANAGED, TRAINED, INDEX, GRADIENTS, MASTER, MOMENTS, OTHER)
+from lift_ds.planner.formulas import GRADIENTS, INDEX, MASTER, MOMENTS, TRAINED, UNMANAGED, WEIGHTS
 
 #: Linear layers of a Llama that all methods work on; PEFT calls the original one `base_layer`.
 _MANAGED = re.compile(r"\.(q|k|v|o|gate|up|down)_proj(\.base_layer)?\.weight$")

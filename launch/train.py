@@ -9,6 +9,7 @@ builds a small model and trains it on generated text. `--help` lists every flag.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -117,6 +118,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
         ValueError: a setting, the model or the data cannot be used; the message says which and why.
     """
     values, given = arguments.make_parser().read(argv)
+    arguments.settle_by_file(values, given)
     script = arguments.build(arguments.ScriptArguments, values)
     is_demo = arguments.check_sources(script)
     if is_demo:
@@ -253,6 +255,16 @@ def report(error: Exception) -> int:
     return watch.LOST_RANK
 
 
+def end(code: int) -> NoReturn:
+    """End this process when its work is done, without what Python does last.
+
+    Threads of gloo outlive the process group where DeepSpeed still refers to it, and taking the interpreter down under
+    them has aborted a finished run (exit code -6, once in some hundred launches).
+    """
+    atexit._run_exitfuncs()
+    leave(code)
+
+
 def leave(code: int) -> NoReturn:
     """End this process now: others may be waiting in a collective, or be gone, and an orderly end wait for them."""
     for stream in (sys.stdout, sys.stderr):
@@ -296,4 +308,4 @@ def single_process_group() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

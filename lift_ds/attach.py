@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -48,15 +49,39 @@ def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
         ValueError: when LIFT is attached already, nothing matches the target modules, or a weight has NaN or
             infinite entries (the message names it). The model is unchanged then.
     """
+    return _attach(model, config, _select_in)
+
+
+def dry_attach(model: nn.Module, config: LiftConfig) -> nn.Module:
+    """Attach to a model on the meta device: every layer, shape and size as `attach` makes them, and no selection.
+
+    For planning, and for checking a model's layout without its weights; nothing can be trained afterwards.
+
+    Args:
+        model: every parameter on the meta device.
+        config: the settings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `attach`, and when a weight is not on the meta device.
+    """
+    return _attach(model, config, _reserve_in)
+
+
+def _attach(
+    model: nn.Module, config: LiftConfig, select_in: Callable[[str, Any, LiftConfig], tuple[Tensor, Selected]]
+) -> nn.Module:
     if attachment_of(model) is not None:
         raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
     targets = find_targets(model, config.target_modules)
     extra = find_extra_parameters(model, config.extra_trainable, targets)
     for name, module in targets.items():
-        _check_weight(name, module.weight, config)
+        _check_weight(name, module.weight, config, dry=select_in is _reserve_in)
     left_out = unmanaged_summary(model, targets, extra) if config.target_modules is None else []
 
-    selected = {name: _select_in(name, module, config) for name, module in targets.items()}
+    selected = {name: select_in(name, module, config) for name, module in targets.items()}
     subspaces = {name: found.subspace for name, (_, found) in selected.items() if found.subspace is not None}
     fell_back = sum(found.fell_back for _, found in selected.values())
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
@@ -94,7 +119,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_weight(name: str, weight: Any, config: LiftConfig) -> None:
+def _check_weight(name: str, weight: Any, config: LiftConfig, *, dry: bool) -> None:
     rows, columns = logical_shape(weight)
     if not divides(config.block_shape, (rows, columns)):
         raise ValueError(
@@ -104,8 +129,10 @@ def _check_weight(name: str, weight: Any, config: LiftConfig) -> None:
     entries = rows * columns
     if entries > _MAX_ENTRIES:
         raise ValueError(f"{name}.weight has {entries:,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
-    if weight.is_meta:
+    if weight.is_meta and not dry:
         raise ValueError(f"{name}.weight is on the meta device; load the weights before lift_ds.attach")
+    if dry and not weight.is_meta:
+        raise ValueError(f"{name}.weight is on {weight.device}; lift_ds.attach selects in weights that are there")
     if not weight.is_contiguous():
         raise ValueError(
             f"{name}.weight is not contiguous; LIFT writes into it by flat position, so store it contiguously"
@@ -126,6 +153,15 @@ def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Sele
         # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
         dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
         return weight.reshape(-1)[found.index].to(dtype), found
+
+
+def _reserve_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
+    """Return what `_select_in` would, by its sizes alone."""
+    rows, columns = module.weight.shape
+    solver = solver_for(rows, columns, config, "cuda")
+    tile_entries_for(name, rows, columns, module.weight.element_size(), config, solver)
+    index = torch.empty(config.entries(rows, columns), dtype=torch.int64, device="meta")
+    return module.weight.new_empty(index.numel()), Selected(index, solver)
 
 
 def _selection_device(weight: Tensor) -> torch.device:

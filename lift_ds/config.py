@@ -13,6 +13,9 @@ from typing import Any, TypeGuard
 
 LIFT_BLOCK = "lift"
 
+#: Block of a DeepSpeed file with flags of launch/train.py that hold where the command line does not give them.
+TRAIN_DEFAULTS_BLOCK = "train_defaults"
+
 #: Named sets of target modules. A preset has to match at least one module of the model.
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     # The variant of the paper (section 5) that trains the feed-forward matrices alone.

@@ -62,7 +62,9 @@ class PrincipalIndex(nn.Module):
         return self.layout.word_count()
 
     def encode(self, index: Tensor) -> Tensor:
-        """Return another index of this matrix as words."""
+        """Return another index of this matrix as words; on the meta device by their number alone."""
+        if index.is_meta:
+            return index.new_empty(self.layout.word_count(), dtype=torch.int32)
         return encode(index, self.layout.rows, self.layout.columns, self.layout.block_shape)
 
 

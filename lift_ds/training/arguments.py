@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -15,7 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from lift_ds import LiftConfig
-from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, read_ds_config
+from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, TRAIN_DEFAULTS_BLOCK, read_ds_config
 from lift_ds.data import ROW_LAYOUTS
 from lift_ds.engine import refuse_optimizer_block
 from lift_ds.logs import is_main_rank
@@ -100,6 +101,11 @@ class TrainArguments(SFTConfig):
         super().__post_init__()
 
 
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 class Parser(HfArgumentParser):
     """Refuses in one line, on rank 0 alone, and without the hundreds of flags of a usage text."""
 
@@ -119,13 +125,11 @@ class Parser(HfArgumentParser):
         """
         namespace, unknown = self.parse_known_args(argv)
         if unknown:
-            self.error(f"unknown argument {unknown[0]}{self._nearest(unknown[0])}")
+            self.error(f"unknown argument {unknown[0]}{_suggestion(unknown[0].split('=')[0], self._options())}")
         return vars(namespace), frozenset(self._given(argv))
 
-    def _nearest(self, argument: str) -> str:
-        known = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(argument.split("=")[0], known, n=1)
-        return f"; did you mean {close[0]}?" if close else ""
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
 
     def _given(self, argv: Sequence[str] | None) -> set[str]:
         # Without defaults, what argparse finds is what was typed.
@@ -193,7 +197,7 @@ def _targets(names: Sequence[str]) -> str | tuple[str, ...]:
 
 
 def deepspeed_settings(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what DeepSpeed and the Trainer are to see of the DeepSpeed file: all but the "lift" block.
+    """Return what DeepSpeed and the Trainer are to see of the DeepSpeed file: all but the project's own blocks.
 
     Accelerate fills in every "auto" it finds, at any depth, and refuses those it does not know, such as a solver's.
 
@@ -208,7 +212,71 @@ def deepspeed_settings(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not values["deepspeed"]:
         return None
-    return {name: value for name, value in read_ds_config(values["deepspeed"]).items() if name != LIFT_BLOCK}
+    own = (LIFT_BLOCK, TRAIN_DEFAULTS_BLOCK)
+    return {name: value for name, value in read_ds_config(values["deepspeed"]).items() if name not in own}
+
+
+#: Numbers of a DeepSpeed file that are flags of the Trainer too.
+_BATCH_KEYS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+
+
+def settle_by_file(values: Values, given: frozenset[str]) -> None:
+    """Let the DeepSpeed file say what no flag says: the micro-batch, the accumulation, its "train_defaults" block.
+
+    Args:
+        values: all flags; changed in place.
+        given: those of the command line.
+
+    Raises:
+        ValueError: a flag or the number of ranks contradicts a number of the file, or the block has what is no flag.
+    """
+    if not values["deepspeed"]:
+        return
+    path = values["deepspeed"]
+    content = read_ds_config(path)
+    for key, flag in _BATCH_KEYS.items():
+        number = content.get(key, "auto")
+        if number == "auto":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f'{path}: {key}={number!r} is no whole number of at least 1, nor "auto"')
+        if flag in given and values[flag] != number:
+            raise ValueError(
+                f'--{flag} {values[flag]} contradicts {key}={number} of {path}; leave the flag out, or put "auto" there'
+            )
+        values[flag] = number
+    _check_batch(values, content.get("train_batch_size", "auto"))
+    _take_defaults(values, given, content)
+
+
+def _check_batch(values: Values, whole: object) -> None:
+    """Check that a fixed batch of the file is what the ranks and the other numbers make."""
+    micro, accumulation = (values[flag] for flag in _BATCH_KEYS.values())
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if whole not in ("auto", micro * accumulation * ranks):
+        raise ValueError(
+            f"{values['deepspeed']}: train_batch_size={whole!r} does not match the launch: {ranks} ranks x "
+            f"{micro} per_device_train_batch_size x {accumulation} gradient_accumulation_steps are "
+            f'{micro * accumulation * ranks}; put "auto" there, or launch as many ranks as it was written for'
+        )
+
+
+def _take_defaults(values: Values, given: frozenset[str], content: Mapping[str, Any]) -> None:
+    path = values["deepspeed"]
+    defaults = content.get(TRAIN_DEFAULTS_BLOCK, {})
+    if not isinstance(defaults, Mapping):
+        raise ValueError(f'{path}: the "{TRAIN_DEFAULTS_BLOCK}" block is {defaults!r}; it must be an object of flags')
+    for flag, value in defaults.items():
+        if flag not in values:
+            hint = _suggestion(flag, list(values))
+            raise ValueError(
+                f'{path}: {flag!r} in the "{TRAIN_DEFAULTS_BLOCK}" block is no flag of launch/train.py{hint}'
+            )
+        if flag not in given:
+            values[flag] = value
 
 
 def settle_optimizer(values: Values, config: LiftConfig) -> None:

@@ -34,7 +34,7 @@ from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_part, pu
 from lift_ds.zero.sharded_index import ShardedIndex
 
 #: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
-_WRITE_BACK_BATCH = 2**25
+WRITE_BACK_BATCH = 2**25
 
 
 class MasterCopyStore(DenseStore):
@@ -214,7 +214,7 @@ class PartitionedParameterStore(_RankedStore):
         assign(layer.principal.index.words, words)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
-        for batch in _batches(layers, _WRITE_BACK_BATCH):
+        for batch in _batches(layers, WRITE_BACK_BATCH):
             principal = [layer.principal for layer in batch]
             with gathered([p for one in principal for p in (one.values, one.index.words)]):
                 for layer in batch:

@@ -14,8 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import formulas
-from counting import Ledger, ring_share
+from counting import Ledger
+
+from lift_ds.planner import formulas
+from lift_ds.planner.formulas import ring_share
 
 ROWS = COLUMNS = 32000
 MANAGED = ROWS * COLUMNS

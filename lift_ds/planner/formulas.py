@@ -1,7 +1,9 @@
-"""What memory and network should come to, from the sizes of a model alone: beside every count stands one of these.
+"""What memory and network come to, from the sizes of a model alone; the planner's only source of figures.
 
 Symbols: M entries of the managed matrices, K trained entries, d = K/M the density, U entries of all other parameters
-(frozen in every method here), N ranks. Weights and gradients are bf16, 2 bytes; master values and moments fp32.
+(frozen), N ranks. Weights and gradients are bf16, 2 bytes; master values and moments fp32. The table in the docstring
+of each function is what it computes. `benchmarks/footprint.py` counts the same quantities in real runs of DeepSpeed
+and puts these beside them; what a formula follows from is DeepSpeed's and transformers' code, read with those counts.
 """
 
 from __future__ import annotations
@@ -9,7 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from holdings import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER, TRAINED, UNMANAGED, WEIGHTS
+from lift_ds.layers import TILE_ENTRIES
+
+#: Categories of persistent bytes, in the order of the tables.
+WEIGHTS, UNMANAGED, TRAINED, INDEX = "weights", "unmanaged", "trained apart", "index"
+GRADIENTS, MASTER, MOMENTS, OTHER = "gradients", "master", "moments", "other"
+CATEGORIES = (WEIGHTS, UNMANAGED, TRAINED, INDEX, GRADIENTS, MASTER, MOMENTS, OTHER)
 
 #: Bytes of a value in bf16 and in fp32.
 LOW, HIGH = 2, 4
@@ -27,6 +34,10 @@ class Setting:
         trained: elements of each trained parameter; for "lift" k of each matrix, in the order of `shapes`.
         unmanaged: U.
         bucket: elements of DeepSpeed's reduce bucket.
+        live: elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`); a layer's at least.
+        sub_group: elements that ZeRO-3 updates at a time.
+        offload: whether master values, moments and their update are on the host.
+        tile: entries of a weight's gradient that LIFT forms at a time.
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
     """
@@ -38,6 +49,10 @@ class Setting:
     trained: tuple[int, ...]
     unmanaged: int = 0
     bucket: int = 0
+    live: int = 0
+    sub_group: int = 10**9
+    offload: bool = False
+    tile: int = TILE_ENTRIES
     placement: str = "sharded"
     first_inputs: int = 0
 
@@ -54,6 +69,12 @@ class Setting:
     def share(self, elements: Iterable[int]) -> int:
         """Return how many elements a rank holds of parameters that are each cut into N equal shards."""
         return sum(-(-count // self.ranks) for count in elements)
+
+
+def ring_share(kind: str, ranks: int) -> float:
+    """Return the bytes a rank receives in a collective by a ring algorithm, per logical byte (mean over the ranks)."""
+    passes = 2 if kind == "all_reduce" else 1
+    return passes * (ranks - 1) / ranks
 
 
 def index_sizes(setting: Setting) -> list[int]:
@@ -90,7 +111,8 @@ def persistent(setting: Setting) -> dict[str, float]:
         other                     -          -                   one reduce bucket
 
     In ZeRO-1 as in 2 DeepSpeed holds after backward the gradients of a rank's own partition; of a parameter cut by the
-    border of a partition it holds all of it on both sides, which shows where parameters are few.
+    border of a partition it holds all of it on both sides, which shows where parameters are few. Offloaded, master,
+    moments and (in ZeRO-1/2) the gradients are on the host, see `host_memory`.
 
     Args:
         setting: the run.
@@ -114,11 +136,11 @@ def persistent(setting: Setting) -> dict[str, float]:
         found[WEIGHTS] = LOW * setting.managed
         found[UNMANAGED] = LOW * setting.unmanaged
         found[TRAINED] = LOW * trained
-        found[GRADIENTS] = LOW * (trained if setting.stage == 0 else largest_partition(setting))
+        found[GRADIENTS] = LOW * (trained if setting.stage == 0 else largest_partition(setting)) * (not setting.offload)
         sharded = setting.stage > 0 and setting.placement == "sharded"
         found[INDEX] = setting.share(index_sizes(setting)) if sharded else sum(index_sizes(setting))
-    found[MASTER] = HIGH * shard
-    found[MOMENTS] = 2 * HIGH * shard
+    found[MASTER] = 0.0 if setting.offload else HIGH * shard
+    found[MOMENTS] = 2 * found[MASTER]
     if setting.method == "full":
         found[TRAINED] = 0.0  # the weights themselves
     return found

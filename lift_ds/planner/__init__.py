@@ -1,0 +1,1 @@
+"""The planner: what a run will hold, send and take, from a model's configuration alone."""

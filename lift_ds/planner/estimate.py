@@ -1,0 +1,224 @@
+"""Estimate: one way to train a model on a cluster, with what it holds, sends and takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lift_ds.config import LiftConfig
+from lift_ds.planner import formulas, peak, speed
+from lift_ds.planner.formulas import GRADIENTS, Setting
+from lift_ds.planner.hardware import Hardware
+from lift_ds.planner.models import ModelFacts
+from lift_ds.planner.peak import Activations
+from lift_ds.planner.refresh import RefreshWork, refresh_work
+
+METHODS = ("full", "lora", "lift")
+
+#: DeepSpeed's buckets in the files that a plan writes, in elements; ZeRO-3's by the width of the model, as Accelerate
+#: resolves "auto", and its limit of gathered elements.
+BUCKET, LIVE = 50_000_000, 1_000_000_000
+
+REFRESH = "refresh"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes, and what they are made of.
+
+    Args:
+        nodes: how many.
+        gpus_per_node: devices of each.
+        hardware: of the devices and links.
+        host_gb: memory of a node's host, in 10^9 bytes.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    hardware: Hardware
+    host_gb: float = 1000.0
+
+    @property
+    def ranks(self) -> int:
+        """N."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user decides.
+
+    Args:
+        method: "full", "lora" or "lift".
+        stage: of ZeRO.
+        offload: whether the optimizer is on the host.
+        micro_batch: sequences of a forward on a rank.
+        accumulation: micro-batches of a step.
+        checkpointing: of activations.
+        sequence: tokens of a sequence.
+    """
+
+    method: str
+    stage: int
+    offload: bool
+    micro_batch: int
+    accumulation: int
+    checkpointing: bool
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a choice comes to on one rank.
+
+    Args:
+        choice: the choice.
+        persistent: category -> bytes held between steps; of gradients those between backward and step.
+        moments: moment -> bytes in all; the largest is the peak.
+        limit: bytes that may be used.
+        host: bytes on the host.
+        host_limit: bytes of the host's memory for each rank.
+        network: kind of collective -> logical bytes of a step without a refresh.
+        received: bytes a rank receives for it.
+        refresh_network: the same of a refresh, beside a step's.
+        refresh: a refresh, dealt out; None without LIFT.
+        time: of a step.
+    """
+
+    choice: Choice
+    persistent: dict[str, float]
+    moments: dict[str, float]
+    limit: float
+    host: float
+    host_limit: float
+    network: dict[str, float]
+    received: float
+    refresh_network: dict[str, float]
+    refresh: RefreshWork | None
+    time: speed.StepTime
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment."""
+        return max(self.moments.values())
+
+    @property
+    def missing(self) -> float:
+        """Bytes that are missing for it to fit, on the device and on the host; 0 where it fits."""
+        return max(0.0, self.peak - self.limit) + max(0.0, self.host - self.host_limit)
+
+    @property
+    def fits(self) -> bool:
+        return self.missing == 0
+
+
+def setting_for(facts: ModelFacts, config: LiftConfig, choice: Choice, ranks: int) -> Setting:
+    """Return what the formulas need to know about a choice.
+
+    Full fine-tuning trains every parameter here, LoRA has adapters of the budget's size on the matrices that LIFT
+    manages.
+    """
+    shapes = tuple(facts.shapes.values())
+    unmanaged = sum(facts.others)
+    if choice.method == "full":
+        shapes += tuple((size, 1) for size in facts.others)
+        trained: tuple[int, ...] = tuple(rows * columns for rows, columns in shapes)
+        unmanaged = 0
+    else:
+        # LoRA of rank R has R (m + n) numbers, of which the one adapter has R n and the other R m; as one they sum up.
+        trained = tuple(facts.entries.values())
+    partitioned = choice.stage == 3
+    return Setting(
+        method=choice.method,
+        stage=choice.stage,
+        ranks=ranks,
+        shapes=shapes,
+        trained=trained,
+        unmanaged=unmanaged,
+        bucket=facts.hidden**2 if partitioned else BUCKET,
+        live=LIVE if partitioned else 0,
+        offload=choice.offload,
+        placement=config.index_placement,
+    )
+
+
+def activations_for(facts: ModelFacts, config: LiftConfig, choice: Choice) -> Activations:
+    """Return the sizes of a micro-batch."""
+    adapters = 0
+    if choice.method == "lora":
+        adapters = sum(k // sum(facts.shapes[name]) for name, k in facts.entries.items()) // facts.layers
+    return Activations(
+        tokens=choice.micro_batch * choice.sequence,
+        hidden=facts.hidden,
+        intermediate=facts.intermediate,
+        key_value=facts.key_value,
+        heads=facts.heads,
+        layers=facts.layers,
+        vocabulary=facts.vocabulary,
+        checkpointing=choice.checkpointing,
+        accumulation=choice.accumulation,
+        adapters=adapters,
+    )
+
+
+def estimate(facts: ModelFacts, config: LiftConfig, choice: Choice, cluster: Cluster) -> Estimate:
+    """Compute what a choice comes to.
+
+    Args:
+        facts: of the model.
+        config: LIFT's settings.
+        choice: of the user.
+        cluster: where.
+    """
+    setting = setting_for(facts, config, choice, cluster.ranks)
+    work = activations_for(facts, config, choice)
+    persistent = formulas.persistent(setting)
+    lift = choice.method == "lift"
+    refresh = refresh_work(facts, config, cluster.ranks, choice.stage) if lift else None
+    base = sum(persistent.values()) - (0.0 if choice.stage == 3 else persistent[GRADIENTS])
+    moments = {moment: base + size for moment, size in peak.moments(setting, work).items()}
+    if refresh is not None:
+        moments[REFRESH] = sum(persistent.values()) + refresh.memory
+    network = speed.network_of_step(setting, work)
+    time = speed.step_time(
+        setting, work, cluster.hardware, cluster.nodes, choice.sequence, config.refresh_interval,
+        float(max(refresh.operations)) if refresh else 0.0,
+    )  # fmt: skip
+    return Estimate(
+        choice=choice,
+        persistent=persistent,
+        moments=moments,
+        limit=cluster.hardware.usable_bytes,
+        host=peak.host_memory(setting),
+        host_limit=1e9 * cluster.host_gb / cluster.gpus_per_node,
+        network=network,
+        received=speed.received(network, cluster.ranks),
+        refresh_network=formulas.network_refresh(setting) if lift and cluster.ranks > 1 else {},
+        refresh=refresh,
+        time=time,
+    )
+
+
+def as_json(found: Estimate) -> dict[str, Any]:
+    """Return an estimate as plain values; bytes, seconds, operations."""
+    choice = found.choice
+    record: dict[str, Any] = {
+        "method": choice.method, "stage": choice.stage, "offload_optimizer": choice.offload,
+        "micro_batch": choice.micro_batch, "accumulation": choice.accumulation,
+        "checkpointing": choice.checkpointing, "sequence": choice.sequence,
+        "fits": found.fits, "missing_bytes": found.missing, "peak_bytes": found.peak, "limit_bytes": found.limit,
+        "persistent_bytes": found.persistent, "moment_bytes": found.moments, "host_bytes_per_rank": found.host,
+        "network_bytes": found.network, "network_received_bytes": found.received,
+        "refresh_network_bytes": found.refresh_network,
+        "seconds": {
+            "step": found.time.total, "compute": found.time.compute, "network": found.time.network,
+            "optimizer": found.time.optimizer, "refresh": found.time.refresh,
+            "refresh_interval_steps": found.time.interval,
+        },
+    }  # fmt: skip
+    if found.refresh is not None:
+        record["refresh"] = {
+            "matrices_by_rank": found.refresh.matrices, "operations_by_rank": found.refresh.operations,
+            "memory_bytes": found.refresh.memory, "imbalance": found.refresh.imbalance,
+        }  # fmt: skip
+    return record

@@ -1,0 +1,157 @@
+"""What a step takes in memory beside what is held all the time, moment by moment; the peak is the largest of them.
+
+Symbols as in `formulas`; t tokens of a micro-batch on a rank, h hidden size, i width of the feed-forward layer, c width
+of keys (and of values), a heads, V vocabulary, L layers. The model is a decoder of the Llama family in transformers:
+RMSNorm in fp32, rotary embeddings, attention that does not store its scores, gated feed-forward, frozen embeddings.
+`benchmarks/footprint.py` counts each moment in real runs, with and without activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, Setting, index_sizes, persistent
+from lift_ds.zero.stores import WRITE_BACK_BATCH
+
+#: Moments of a step.
+FORWARD, FIRST_BACKWARD, LAST_BACKWARD, STEP = "loss", "backward, last layer", "backward, first layer", "step"
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The sizes that activations depend on.
+
+    Args:
+        tokens: t.
+        hidden: h.
+        intermediate: i.
+        key_value: c.
+        heads: a.
+        layers: L.
+        vocabulary: V.
+        checkpointing: whether a layer's activations are computed again in its backward.
+        accumulation: micro-batches of a step.
+        adapters: entries that LoRA's adapters yield in between, per token and layer.
+    """
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    key_value: int
+    heads: int
+    layers: int
+    vocabulary: int
+    checkpointing: bool
+    accumulation: int = 1
+    adapters: int = 0
+
+
+def saved_by_layer(work: Activations) -> int:
+    """Bytes that one layer keeps for its backward.
+
+    2 norms           input in fp32, 1/rms, what goes into the products        2 (4 h + 4 + 2 h)
+    attention         q, its result; k, v; log-sum-exp of each head            2 h + 2 h + 2 c + 2 c + 4 a
+    feed-forward      gate, silu(gate), up, their product                      4 * 2 i
+    LoRA              what the first adapter of each pair yields               2 bytes each
+    """
+    norms = 2 * (4 * work.hidden + 4 + 2 * work.hidden)
+    attention = 4 * work.hidden + 4 * work.key_value + 4 * work.heads
+    return work.tokens * (norms + attention + 8 * work.intermediate + LOW * work.adapters)
+
+
+def saved_by_model(work: Activations) -> int:
+    """Bytes kept at the end of forward: of each layer all, or with checkpointing its input alone, 2 h a token."""
+    return work.layers * (LOW * work.tokens * work.hidden if work.checkpointing else saved_by_layer(work))
+
+
+def moments(setting: Setting, work: Activations) -> dict[str, float]:
+    """Bytes on a rank at each moment of a step beside what is held between steps.
+
+        loss                    saved by the model; softmax, its gradient and the logits' in fp32, 3 * 4 V t, or the
+                                last norm's backward, 5 * 4 h t; or in forward 6 i + 4 h a token within a
+                                layer, LoRA 8 i + 4 h
+        backward, last layer    saved by the model; with checkpointing that layer's once more; 2 (2 h + i) a token in
+                                flight; one dW or its tile; two reduce buckets; ZeRO-3: what is gathered
+        backward, first layer   what one layer saves, and the same; all gradients; the whole index in ZeRO-1/2
+        step                    K/N gradients: as they are, joined (ZeRO-1, 2) and in fp32, 2 + 2 + 4; the whole index;
+                                or in ZeRO-3 what LIFT writes back at a time, 2 of θ and 2 of the index
+
+    With several micro-batches the gradients are there at every moment. In ZeRO-1 they are whole until the step. In
+    ZeRO-3 they are among what is held. Offloaded, the step takes place on the host.
+
+    Args:
+        setting: the run.
+        work: its activations.
+
+    Returns:
+        Moment -> bytes, in the order of the step.
+    """
+    partitioned = setting.stage == 3
+    gradients = 0.0 if partitioned else _gradients_in_backward(setting)
+    whole_index = 0.0 if partitioned else _gathered_index(setting)
+    total, layer_weights = setting.managed + setting.unmanaged, setting.managed // work.layers
+    live, gathered = (LOW * min(total, size) * partitioned for size in (setting.live, max(setting.live, layer_weights)))
+    in_flight = LOW * work.tokens * (2 * work.hidden + work.intermediate)
+    layer = saved_by_layer(work)
+    kept = gradients if work.accumulation > 1 else 0.0
+    own = layer if work.checkpointing else 0
+    buckets = 2 * LOW * setting.bucket * (setting.stage > 0)
+    at_layer = in_flight + _weight_gradient(setting) + buckets + gathered
+    head = work.tokens * max(3 * HIGH * work.vocabulary, 5 * HIGH * work.hidden)
+    forward = work.tokens * ((6 + LOW * bool(work.adapters)) * work.intermediate + 4 * work.hidden)
+    return {
+        FORWARD: saved_by_model(work) + max(head, forward * work.checkpointing) + kept + live,
+        FIRST_BACKWARD: saved_by_model(work) + own + at_layer + kept,
+        LAST_BACKWARD: layer + at_layer + gradients + whole_index,
+        STEP: _step(setting) + whole_index,
+    }
+
+
+def _gradients_in_backward(setting: Setting) -> float:
+    """Bytes of gradients at the end of backward, ZeRO 0 to 2."""
+    if setting.offload:
+        return 0.0
+    return float(LOW * setting.total_trained) if setting.stage < 2 else persistent(setting)[GRADIENTS]
+
+
+def _gathered_index(setting: Setting) -> float:
+    """Bytes of the whole index beside this rank's part of it, from backward to the write-back in ZeRO 1 and 2."""
+    if setting.stage == 0 or setting.ranks == 1 or setting.placement == "replicated":
+        return 0.0
+    return float(sum(index_sizes(setting)))
+
+
+def _weight_gradient(setting: Setting) -> float:
+    """Bytes of the largest gradient of a weight that is formed: LIFT forms tiles, LoRA none."""
+    if setting.method == "lora":
+        return 0.0
+    largest = max(rows * columns for rows, columns in setting.shapes)
+    return float(LOW * (min(largest, setting.tile) if setting.method == "lift" else largest))
+
+
+def _step(setting: Setting) -> float:
+    if setting.offload:
+        return 0.0
+    shard = setting.total_trained / (setting.ranks if setting.stage else 1)
+    if setting.stage == 3:  # updates a sub-group at a time; then LIFT gathers θ and I of some layers at a time
+        written = min(setting.total_trained, WRITE_BACK_BATCH) if setting.method == "lift" else 0
+        return max((LOW + HIGH) * min(shard, setting.sub_group), 2.0 * LOW * written)
+    return (LOW + HIGH + LOW * (setting.stage > 0)) * shard
+
+
+def peak(setting: Setting, work: Activations) -> tuple[str, float]:
+    """Return the moment at which a rank holds most in a step without a refresh, and how many bytes that is in all."""
+    between = persistent(setting)
+    base = sum(between.values()) - (0.0 if setting.stage == 3 else between[GRADIENTS])
+    found = moments(setting, work)
+    worst = max(found, key=lambda moment: found[moment])
+    return worst, base + found[worst]
+
+
+def host_memory(setting: Setting) -> float:
+    """Bytes on the host for each rank where the optimizer is offloaded: gradients in fp32, master values, moments.
+
+    DeepSpeed's ZeRO-Offload (arXiv 2101.06840) keeps the three of Adam there; ZeRO-2 converts the gradients to fp32 as
+    they arrive.
+    """
+    return 4.0 * HIGH * setting.total_trained / setting.ranks if setting.offload else 0.0

@@ -1,0 +1,153 @@
+"""How long a step takes, from operations, bytes and the speeds of devices and links.
+
+Symbols as in `formulas` and `peak`; s the length of a sequence. Everything that is not stated in the tables below, such
+as the start of kernels and of collectives, is in the efficiencies of `Hardware`, which are assumptions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lift_ds.planner.formulas import HIGH, LOW, Setting, index_sizes, network_refresh, network_step, ring_share
+from lift_ds.planner.hardware import Hardware
+from lift_ds.planner.peak import Activations
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step.
+
+    Args:
+        compute: products and attention of all its micro-batches.
+        network: what collectives take beyond what runs beside computation.
+        optimizer: Adam, the gather of gradients and the write-back.
+        refresh: of one refresh, on the slowest rank.
+        interval: steps between two.
+    """
+
+    compute: float
+    network: float
+    optimizer: float
+    refresh: float
+    interval: int
+
+    @property
+    def total(self) -> float:
+        """With the refresh spread over the steps between two."""
+        return self.compute + self.network + self.optimizer + self.refresh / self.interval
+
+
+def operations(setting: Setting, work: Activations, sequence: int) -> dict[str, float]:
+    """Operations of a micro-batch on a rank.
+
+                        products with weights     attention, causal (s/2 keys a query)
+        forward         2 t (M + h V)             2 L t s h
+        recomputation   2 t M                     2 L t s h          with activation checkpointing
+        backward, x     2 t (M + h V)             4 L t s h
+        backward, W     2 t M                                        LoRA: of its adapters alone, 2 t K
+
+    Args:
+        setting: the run.
+        work: its activations.
+        sequence: s.
+    """
+    tokens = work.tokens
+    head = work.hidden * work.vocabulary
+    layers = sum(rows * columns for rows, columns in setting.shapes)
+    attention = 2.0 * work.layers * tokens * sequence * work.hidden
+    forward = 2.0 * tokens * (layers + head) + attention
+    again = 2.0 * tokens * layers + attention if work.checkpointing else 0.0
+    trained = setting.total_trained if setting.method == "lora" else layers
+    return {
+        "forward": forward,
+        "recomputation": again,
+        "backward": 2.0 * tokens * (layers + head) + 2 * attention + 2.0 * tokens * trained,
+    }
+
+
+def received(sent: dict[str, float], ranks: int) -> float:
+    """Bytes a rank receives in collectives of these logical sizes, by rings."""
+    return sum(size * ring_share(kind, ranks) for kind, size in sent.items())
+
+
+def step_time(
+    setting: Setting, work: Activations, hardware: Hardware, nodes: int, sequence: int, interval: int, refresh: float
+) -> StepTime:
+    """Estimate an optimizer step.
+
+        compute     operations / (speed * efficiency)
+        network     bytes a rank receives / the slowest link. Beside computation, where collectives overlap: ZeRO-3
+                    all of it beside forward and backward; ZeRO 0 to 2 gradients and index beside backward, the values
+                    after the step beside nothing
+        optimizer   Adam 30 bytes an entry it updates (gradient 2, master, moments and value read and written); LIFT
+                    reads each dW and reads and writes each W once more. Offloaded, Adam runs at the host's speed
+        refresh     operations of the rank with most / (fp32 speed * efficiency) + its collectives
+
+    Args:
+        setting: the run.
+        work: the activations of a micro-batch.
+        hardware: devices and links.
+        nodes: how many.
+        sequence: s.
+        interval: steps between two refreshes.
+        refresh: operations of a refresh on the rank that has most to do.
+    """
+    speed = 1e12 * hardware.tflops * hardware.efficiency
+    counts = {part: work.accumulation * count for part, count in operations(setting, work, sequence).items()}
+    compute = sum(counts.values()) / speed
+    seconds = {part: count / speed for part, count in counts.items()}
+    link = hardware.link_bytes(nodes)
+    refreshing = 0.0
+    if setting.method == "lift":
+        refreshing = refresh / (1e12 * hardware.fp32_tflops * hardware.refresh_efficiency)
+        refreshing += received(network_refresh(setting), setting.ranks) / link
+    network = _network_seconds(setting, work, link, seconds, hardware.overlap)
+    optimizer = _optimizer_seconds(setting, hardware)
+    return StepTime(compute, network, optimizer, refreshing, interval)
+
+
+def network_of_step(setting: Setting, work: Activations) -> dict[str, float]:
+    """Logical bytes of the collectives of an optimizer step with all its micro-batches.
+
+    ZeRO-2 reduces the gradients of every micro-batch, ZeRO 0 and 1 once; ZeRO-3 gathers the weights for each too.
+    """
+    sent = network_step(setting)
+    more = work.accumulation - 1
+    if setting.stage == 2 and more:
+        sent["all_reduce"] += more * LOW * setting.total_trained
+        if "all_gather" in sent and setting.method == "lift" and setting.placement == "sharded":
+            sent["all_gather"] += more * setting.share(index_sizes(setting)) * setting.ranks
+    elif setting.stage == 3 and more:
+        sent = {kind: work.accumulation * size for kind, size in sent.items()}
+        if setting.method == "lift" and setting.ranks > 1:  # written back once
+            sent["all_gather"] -= more * setting.ranks * _written_back(setting)
+    return sent
+
+
+def _written_back(setting: Setting) -> int:
+    """Bytes of θ and index on a rank, which ZeRO-3 gathers for the write-back."""
+    return LOW * setting.share(setting.trained) + setting.share(index_sizes(setting))
+
+
+def _network_seconds(
+    setting: Setting, work: Activations, link: float, compute: dict[str, float], overlap: bool
+) -> float:
+    sent = network_of_step(setting, work)
+    total = received(sent, setting.ranks) / link
+    if not overlap:
+        return total
+    if setting.stage == 3:
+        return max(0.0, total - sum(compute.values()))
+    after = LOW * setting.total_trained if setting.stage else 0.0
+    late = received({"all_gather": after}, setting.ranks) / link
+    return max(0.0, total - late - compute["backward"] - compute["recomputation"]) + late
+
+
+def _optimizer_seconds(setting: Setting, hardware: Hardware) -> float:
+    shard = setting.total_trained / (setting.ranks if setting.stage else 1)
+    adam = (7 * HIGH + LOW) * shard / (1e9 * (hardware.host_gb if setting.offload else hardware.bandwidth_gb))
+    if setting.method != "lift":
+        return adam
+    managed = LOW * setting.managed
+    moved = managed + 2 * managed / (setting.ranks if setting.stage == 3 else 1)
+    return adam + moved / (1e9 * hardware.bandwidth_gb)
