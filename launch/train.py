@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-# DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun does not set it.
-os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+# DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun, mpirun and srun have
+# names of their own for it.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+os.environ.setdefault("LOCAL_SIZE", next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "1"))
 
 try:
     import trl  # noqa: F401 - what needs it comes below
@@ -49,7 +51,7 @@ from lift_ds import watch
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.demo import run as demo
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.training import arguments, finished, launcher, loading, reporting, saving
+from lift_ds.training import arguments, finished, launcher, loading, meeting, record, reporting, saving
 from lift_ds.training.shared_memory import unlink_shared_memory
 from lift_ds.training.trainer import CheckedTrainer
 
@@ -86,10 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    speak_on_one_rank()
-    launcher.end_with_command()
     try:
         try:
+            launcher.find_ranks()
+            speak_on_one_rank()
+            launcher.end_with_command()
             job = set_up(argv)
         except ValueError as error:
             return refuse(error)
@@ -130,13 +133,16 @@ def set_up(argv: Sequence[str] | None) -> Job:
     values["deepspeed"] = arguments.deepspeed_settings(values)
     if values["deepspeed"]:
         single_process_group()
+        meeting.meet()
     # From here on DeepSpeed's file is known to transformers: under ZeRO-3 a model loads partitioned.
     args = arguments.build(arguments.TrainArguments, values)
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         unlink_shared_memory()
+        meeting.check_batch(args)
     watch.start(config.stall_timeout)
+    meeting.check_same_folder(str(args.output_dir))
     checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
     if checkpoint is not None and script.method == "lift":
         loading.load_as_saved(args, checkpoint)
@@ -203,6 +209,7 @@ def make_trainer(
     )
     # First in the list, so that the progress bar and every reporter show what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, reporting.SpeedCallback())
+    trainer.add_callback(record.RecordCallback(config if script.method == "lift" else None, checkpoint))
     return trainer
 
 

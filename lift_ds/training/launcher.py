@@ -1,18 +1,23 @@
-"""The end of a run whose `deepspeed` command is gone.
+"""What a rank owes to the program that started it: its number, and its end.
 
-    deepspeed (the command)  ->  deepspeed.launcher.launch (one a node)  ->  the ranks
+    deepspeed (the command)  ->  [pdsh -> ssh -> sshd ->]  deepspeed.launcher.launch (one a node)  ->  the ranks
+    torchrun (one a node)    ->  the ranks
+    mpirun, srun             ->  the ranks, which have to ask which ones they are
 
-On one machine DeepSpeed 0.19's command passes no signal on: ended alone (`kill PID`, a scheduler, a closing wrapper) it
-leaves the node launcher training on, its ports and devices held. The node launcher does pass a signal on to the ranks.
+DeepSpeed 0.19's command passes no signal on: ended alone (`kill PID`, a scheduler, a closing wrapper) it leaves the node
+launchers training on, their ports and devices held. A node launcher does pass a signal on to its ranks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import psutil
 
@@ -22,11 +27,87 @@ _INTERVAL = 1.0
 _NODE_LAUNCHER, _COMMAND = "deepspeed.launcher.launch", ("deepspeed", "ds", "deepspeed.launcher.runner")
 
 
-def end_with_command() -> None:
-    """Let the run end when the `deepspeed` command that started it has; the first rank of the machine sees to it.
+def find_ranks() -> None:
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where `mpirun` or `srun` started this process.
 
-    Nothing happens under another launcher, or where the node launcher was not started by the command on this machine:
-    then whoever started it may leave it running.
+    DeepSpeed's command and torchrun have set them. Under mpirun all ranks call: rank 0 chooses a free port, and its
+    address and that port are broadcast by MPI, which is not used again after.
+
+    Raises:
+        ValueError: mpi4py is missing, or nobody has named the node of rank 0.
+    """
+    if "RANK" in os.environ:
+        return
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        os.environ["RANK"] = os.environ["OMPI_COMM_WORLD_RANK"]  # for who speaks, if what comes now fails
+        os.environ.update(_of_mpi())
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ.update(_of_slurm(os.environ))
+
+
+def _of_mpi() -> dict[str, str]:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library that it could load
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"ranks that mpirun starts need mpi4py ({reason}): pip install 'lift_ds[mpi4py]'") from error
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_machine = local.size == world.size
+    meeting = world.bcast((_own_address(one_machine), str(_free_port())) if world.rank == 0 else None)
+    found = {
+        **{"RANK": str(world.rank), "WORLD_SIZE": str(world.size)},
+        **{"LOCAL_RANK": str(local.rank), "LOCAL_WORLD_SIZE": str(local.size)},
+        **{"MASTER_ADDR": meeting[0], "MASTER_PORT": meeting[1]},
+    }
+    # At the end of the process it would wait for ranks that may have failed. mpirun still ends all with the first.
+    MPI.Finalize()
+    return found
+
+
+def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ValueError(
+            f"srun started {environment['SLURM_STEP_NUM_TASKS']} ranks, but {' and '.join(missing)} is not set; "
+            "launch/slurm_ranks.sbatch sets MASTER_ADDR to the first node of the job and MASTER_PORT to a free port"
+        )
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+    }
+
+
+def _own_address(one_machine: bool) -> str:
+    """An IPv4 address by which the other nodes reach this one: of the interface that was named, else of the first."""
+    if one_machine:
+        return "127.0.0.1"
+    addresses = {
+        name: [entry.address for entry in entries if entry.family == socket.AF_INET]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+    named = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME") or ""
+    wanted = [name for name in named.split(",") if addresses.get(name)]
+    others = [name for name, stats in psutil.net_if_stats().items() if stats.isup and addresses.get(name)]
+    for name in [*wanted, *others]:
+        if not addresses[name][0].startswith("127."):
+            return addresses[name][0]
+    raise ValueError(f"{socket.gethostname()}, the node of rank 0, has no network interface that is up")
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_with_command() -> None:
+    """Let the run end when the `deepspeed` command that started it has; the first rank of each machine sees to it.
+
+    On other machines than its own that is when its ssh connection has ended. Nothing happens under another launcher,
+    or where the node launcher was started by neither: then whoever started it may leave it running.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -38,14 +119,19 @@ def end_with_command() -> None:
 def _node_launcher_and_command() -> tuple[psutil.Process, psutil.Process] | None:
     try:
         node_launcher = psutil.Process().parent()
-        command = node_launcher.parent() if node_launcher else None
-        if node_launcher is None or command is None or _NODE_LAUNCHER not in node_launcher.cmdline():
+        if node_launcher is None or _NODE_LAUNCHER not in node_launcher.cmdline():
             return None
+        started_by = node_launcher.parents()
         # `python .../bin/deepspeed ...`, or `python -m deepspeed.launcher.runner ...`
-        names = {os.path.basename(argument) for argument in command.cmdline()[:4]}
+        if started_by and {os.path.basename(word) for word in started_by[0].cmdline()[:4]}.intersection(_COMMAND):
+            return node_launcher, started_by[0]
+        # pdsh's ssh: sshd -> sshd of the connection -> a shell -> the node launcher
+        for ancestor in started_by[:2]:
+            if ancestor.name().startswith("sshd"):
+                return node_launcher, ancestor
     except psutil.Error:
-        return None
-    return (node_launcher, command) if names.intersection(_COMMAND) else None
+        pass
+    return None
 
 
 def _end_after(node_launcher: psutil.Process, command: psutil.Process) -> None:

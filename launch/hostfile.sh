@@ -1,0 +1,23 @@
+#!/bin/bash
+# LIFT on the hosts of a DeepSpeed hostfile, by DeepSpeed's command and pdsh. Parameters: launch/environment.sh
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+
+command -v pdsh > /dev/null || fail "pdsh is not installed"
+for argument in "$@"; do # pdsh gives them to a shell on the other side
+  [[ $argument != *[\"\'\`\$\\\;\&\|\<\>\(\)\{\}\*\?\#\!]* ]] || fail "pdsh cannot pass the argument $argument on; put it into a file"
+done
+check_hosts
+first=$(head -n 1 <<< "$hosts")
+PORT=$(ssh -o BatchMode=yes "$first" "$(command -v python)" - "${PORT:-0}" <<< "$probe" 2> /dev/null) ||
+  fail "port ${PORT:-0} is in use on $first; name another by PORT, or none for a free one"
+
+# DeepSpeed exports what this file has to the other nodes.
+export DS_ENV_FILE=$OUTPUT/launch/deepspeed_env
+for name in $(passed_on); do echo "$name=${!name}"; done > "$DS_ENV_FILE"
+
+# A node that is gone without a word is noticed after half a minute.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+
+exec deepspeed --hostfile "$HOSTFILE" --launcher pdsh --force_multi --master_port "$PORT" \
+  "${training[@]}" "$@" > >(tee -a "$log") 2> >(tee -a "$log" >&2)

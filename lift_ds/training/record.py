@@ -1,0 +1,93 @@
+"""What a run was started with, as it was settled: `launch/resolved.json` in the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import socket
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lift_ds import LiftConfig
+from lift_ds.logs import is_main_rank
+from lift_ds.ranks import from_all
+
+#: In the run's folder; each start replaces it.
+RECORD = Path("launch", "resolved.json")
+
+_PACKAGES = ("lift_ds", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets")
+
+
+class RecordCallback(TrainerCallback):
+    """Writes the record when training begins: nothing in DeepSpeed's settings is "auto" any more by then.
+
+    Args:
+        config: LIFT's settings; None where another method trains.
+        checkpoint: what the run resumes from.
+    """
+
+    def __init__(self, config: LiftConfig | None, checkpoint: str | None) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        hosts = from_all(socket.gethostname())
+        if is_main_rank():
+            write(Path(str(args.output_dir)) / RECORD, self._settled(args, hosts))
+
+    def _settled(self, args: TrainingArguments, hosts: list[str]) -> dict[str, Any]:
+        nodes: dict[str, list[int]] = {}
+        for rank, host in enumerate(hosts):
+            nodes.setdefault(host, []).append(rank)
+        return {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "world_size": len(hosts),
+            "nodes": nodes,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "resumes_from": self._checkpoint,
+            "lift": dataclasses.asdict(self._config) | _optimizer(args) if self._config else None,
+            "deepspeed": args.hf_deepspeed_config.config if args.deepspeed else None,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        }
+
+
+def _optimizer(args: TrainingArguments) -> dict[str, Any]:
+    """What the Trainer's flags have made of the block's settings of AdamW."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a folder, without an install
+            found[package] = "not installed"
+    return found
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a record; a reader finds the one before or this one, whole.
+
+    Args:
+        path: of the file; its folder is made where it does not exist.
+        content: what JSON does not know in it (paths, infinity) is written as its text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    plain = json.loads(json.dumps(content, default=str), parse_constant=str)
+    part.write_text(json.dumps(plain, indent=2) + "\n")
+    part.replace(path)
