@@ -17,8 +17,8 @@ class Hardware:
         bandwidth_gb: of its memory, 10^9 bytes a second.
         intra_gb: of a device to the others of its node, one direction, 10^9 bytes a second.
         inter_gb: of a node to the other nodes, one direction, 10^9 bytes a second.
-        host_gb: of each device's share of the host's memory, 10^9 bytes a second, at which an offloaded optimizer works.
-            An assumption.
+        host_gb: of the host's memory for each device, 10^9 bytes a second, at which an offloaded optimizer works. An
+            assumption.
         reserve_gb: of the memory that is not to be planned with: the driver's context, the buffers of the collectives,
             what the allocator loses between blocks. An assumption.
         efficiency: share of the operations that a real training reaches. An assumption; 0.3 to 0.5 is usual for large

@@ -57,7 +57,7 @@ def _legend(plan: Plan) -> list[str]:
         "GB = 10^9 bytes on one GPU: held between steps (grads: between backward and step), and at the peak of a step.",
         "micro: sequences of a forward; accum: forwards of a step; ckpt: activation checkpointing; tok/s: per GPU;",
         f"net GB: received per GPU and step; refresh s: of one refresh, every {plan.config.refresh_interval} steps;",
-        "step s has its share of that. Memory and bytes agree with counts of real runs; times rest on the speeds above.",
+        "step s has its share of that. Memory and bytes are checked against real runs; times rest on the speeds above.",
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -231,7 +230,7 @@ def settle_by_file(values: Values, given: frozenset[str]) -> None:
         given: those of the command line.
 
     Raises:
-        ValueError: a flag or the number of ranks contradicts a number of the file, or the block has what is no flag.
+        ValueError: a flag contradicts a number of the file, or the block has what is no flag.
     """
     if not values["deepspeed"]:
         return
@@ -248,20 +247,7 @@ def settle_by_file(values: Values, given: frozenset[str]) -> None:
                 f'--{flag} {values[flag]} contradicts {key}={number} of {path}; leave the flag out, or put "auto" there'
             )
         values[flag] = number
-    _check_batch(values, content.get("train_batch_size", "auto"))
     _take_defaults(values, given, content)
-
-
-def _check_batch(values: Values, whole: object) -> None:
-    """Check that a fixed batch of the file is what the ranks and the other numbers make."""
-    micro, accumulation = (values[flag] for flag in _BATCH_KEYS.values())
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if whole not in ("auto", micro * accumulation * ranks):
-        raise ValueError(
-            f"{values['deepspeed']}: train_batch_size={whole!r} does not match the launch: {ranks} ranks x "
-            f"{micro} per_device_train_batch_size x {accumulation} gradient_accumulation_steps are "
-            f'{micro * accumulation * ranks}; put "auto" there, or launch as many ranks as it was written for'
-        )
 
 
 def _take_defaults(values: Values, given: frozenset[str], content: Mapping[str, Any]) -> None:

@@ -61,7 +61,9 @@ def meet() -> None:
         _store.set(keys[rank], socket.gethostname())
         _store.wait(keys, timedelta(seconds=max(deadline - time.monotonic(), 1)))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{_absent(_store, keys)} not come to {address}:{port} within {limit:g} s ({LIMIT})") from error
+        raise ValueError(
+            f"{_absent(_store, keys)} not come to {address}:{port} within {limit:g} s ({LIMIT})"
+        ) from error
 
 
 def _absent(store: dist.Store, keys: list[str]) -> str:
