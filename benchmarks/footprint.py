@@ -2,6 +2,8 @@
 
     python benchmarks/footprint.py                      # every method, stage and 1, 2, 4 ranks; about ten minutes
     python benchmarks/footprint.py --stages 2 --ranks 2
+    python benchmarks/footprint.py --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
+        --output benchmarks/results/footprint_checkpointing.json
 
 All methods train the same matrices of a small Llama in bf16 (embeddings, norms and head are frozen, and listed apart);
 LoRA and LIFT train equally many numbers. Figures are bytes per parameter of the managed matrices and rank. Every
@@ -34,8 +36,10 @@ from holdings import categories, sizes
 from llamas import build_llama, dense_engine, lora_rank
 
 import lift_ds
+from lift_ds.layers import HOST_TILE_ENTRIES
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
+from lift_ds.planner.peak import Activations, peak
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
@@ -44,6 +48,8 @@ KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "gather")
 #: A count may be off its formula by this share; where the formula has nothing, by these bytes per managed parameter
 #: (scalars such as step counts, norms and the token batch).
 TOLERANCE, NOTHING = 0.02, 0.005
+#: A peak may be off by this share: it is the largest of several moments, each a sum of many tensors.
+PEAK_TOLERANCE = 0.05
 
 #: Steps before the one that is counted.
 _WARM_UP = 2
@@ -66,6 +72,7 @@ class Case:
     batch: int
     sequence: int
     checkpointing: bool = False
+    live: int = 0
 
     def __str__(self) -> str:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
@@ -80,8 +87,8 @@ def ds_config(case: Case) -> Record:
     if case.stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": case.live,
+            "stage3_max_reuse_distance": case.live,
             "stage3_prefetch_bucket_size": 0,
         }
     return {
@@ -173,6 +180,26 @@ def setting_of(case: Case, sizes_found: Record) -> formulas.Setting:
         bucket=case.hidden**2,
         placement=placement_of(case),
         first_inputs=3 * case.hidden**2,
+        checkpointing=case.checkpointing,
+        last_products=case.layers * case.hidden * case.intermediate,
+        layers=case.layers,
+        live=case.live,
+        tile=HOST_TILE_ENTRIES,
+    )
+
+
+def activations_of(case: Case) -> Activations:
+    """Return what the formulas of the peak need to know about a case."""
+    return Activations(
+        tokens=case.batch * case.sequence,
+        hidden=case.hidden,
+        intermediate=case.intermediate,
+        key_value=case.hidden,
+        heads=max(1, case.hidden // 64),
+        layers=case.layers,
+        vocabulary=case.vocabulary,
+        checkpointing=case.checkpointing,
+        adapters=7 * case.rank if case.method == "lora" else 0,
     )
 
 
@@ -214,6 +241,8 @@ def summarise(case: Case, found: list[Record]) -> Record:
         "unseen_by_walk": worst("unseen_by_walk"),
         "transient_peak": worst("step", "peak"),
         "peak": max((rank["start"] + rank["step"]["peak"]) / managed for rank in found),
+        "peak_formula": peak(setting, activations_of(case))[1] / managed,
+        "peak_moment": peak(setting, activations_of(case))[0],
         "peak_origins": {origin: size / managed for origin, size in found[0]["step"]["peak_origins"].items()},
         "network": beside(kinds("step", "logical"), formulas.network_step(setting)),
         "network_received": {
@@ -236,12 +265,14 @@ def summarise(case: Case, found: list[Record]) -> Record:
 def deviations(record: Record) -> list[str]:
     """Return a line for every count of a record that is off its formula."""
     lines = []
+    where = f"{record['method']} ZeRO-{record['stage']} {record['ranks']} ranks"
     for part in ("persistent", "network", "refresh_network"):
         for key, entry in record.get(part, {}).items():
             allowed = max(TOLERANCE * entry["formula"], NOTHING if entry["formula"] < NOTHING else 0.0)
             if abs(entry["counted"] - entry["formula"]) > allowed:
-                where = f"{record['method']} ZeRO-{record['stage']} {record['ranks']} ranks, {part} {key}"
-                lines.append(f"{where}: counted {entry['counted']:.4f}, formula {entry['formula']:.4f}")
+                lines.append(f"{where}, {part} {key}: counted {entry['counted']:.4f}, formula {entry['formula']:.4f}")
+    if abs(record["peak"] - record["peak_formula"]) > PEAK_TOLERANCE * record["peak_formula"]:
+        lines.append(f"{where}, peak: counted {record['peak']:.4f}, formula {record['peak_formula']:.4f}")
     return lines
 
 
@@ -299,7 +330,8 @@ def table(records: list[Record]) -> str:
             sent = {key: entry[figure] for key, entry in r["network"].items()}
             refresh = sum(entry[figure] for entry in r.get("refresh_network", {}).values())
             line = f"{name:29} " + " ".join(f"{value:7.4f}" for value in cells)
-            line += f" {r['transient_peak']:7.4f} {r['peak']:7.4f} |" if figure == "counted" else " " * 16 + " |"
+            line += f" {r['transient_peak']:7.4f} {r['peak']:7.4f} |" if figure == "counted" else ""
+            line += f"{'':8} {r['peak_formula']:7.4f} |" if figure == "formula" else ""
             values = [sent.get(kind, 0.0) for kind in KINDS[:3]] + [sum(sent.values())]
             line += "".join(f" {value:7.4f}" for value in values)
             line += f" {r['network_received_total']:7.4f}" if figure == "counted" else " " * 8
@@ -317,7 +349,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         found.append(
             Case(
                 method, stage, n, args.hidden, args.intermediate, args.layers, args.vocabulary, rank, args.batch,
-                args.sequence,
+                args.sequence, args.checkpointing, args.live,
             )
         )  # fmt: skip
     return found
@@ -348,6 +380,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=16)
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank and step")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--live", type=int, default=0, help="parameters ZeRO-3 may keep gathered")
     parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "footprint.json")
     return parser.parse_args(arguments)
 

@@ -139,6 +139,10 @@ def setting_for(facts: ModelFacts, config: LiftConfig, choice: Choice, ranks: in
         live=LIVE if partitioned else 0,
         offload=choice.offload,
         placement=config.index_placement,
+        checkpointing=choice.checkpointing,
+        # The product that ends a layer of a decoder comes from the feed-forward width.
+        last_products=sum(rows * columns for rows, columns in shapes if columns == facts.intermediate),
+        layers=facts.layers,
     )
 
 

@@ -34,12 +34,15 @@ class Setting:
         trained: elements of each trained parameter; for "lift" k of each matrix, in the order of `shapes`.
         unmanaged: U.
         bucket: elements of DeepSpeed's reduce bucket.
-        live: elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`); a layer's at least.
+        live: elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
         sub_group: elements that ZeRO-3 updates at a time.
         offload: whether master values, moments and their update are on the host.
         tile: entries of a weight's gradient that LIFT forms at a time.
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
+        checkpointing: whether a layer is computed again in its backward.
+        last_products: entries of the managed matrices whose product ends a layer, and is not computed again.
+        layers: L.
     """
 
     method: str
@@ -55,6 +58,9 @@ class Setting:
     tile: int = TILE_ENTRIES
     placement: str = "sharded"
     first_inputs: int = 0
+    checkpointing: bool = False
+    last_products: int = 0
+    layers: int = 1
 
     @property
     def managed(self) -> int:
@@ -65,6 +71,14 @@ class Setting:
     def total_trained(self) -> int:
         """K."""
         return sum(self.trained)
+
+    @property
+    def kept(self) -> float:
+        """Elements that ZeRO-3 keeps gathered from forward to backward.
+
+        DeepSpeed keeps what is used again within as many elements as `live`, of both passes together.
+        """
+        return min(self.managed + self.unmanaged, self.live / 2)
 
     def share(self, elements: Iterable[int]) -> int:
         """Return how many elements a rank holds of parameters that are each cut into N equal shards."""
@@ -157,10 +171,15 @@ def network_step(setting: Setting) -> dict[str, float]:
         index, sharded            -          2 d + 2/n             2 d + 2/n     all_gather, once, in backward
         θ and index, write-back   -          -                     2 d + the index
 
-    d = 1 in full fine-tuning, whose values are its weights; a replicated index is not gathered. LoRA needs no weight in
-    backward whose input needs no gradient (query, key, value of the first layer). Of the unmanaged parameters in ZeRO-3
-    all are fetched forward, and backward about half: the head, not the embeddings. A single rank gathers nothing;
-    DeepSpeed reduces all the same.
+    d = 1 in full fine-tuning, whose values are its weights; a replicated index is not gathered. A single rank gathers
+    nothing; DeepSpeed reduces all the same. ZeRO-3 in detail:
+
+        - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
+        - Of the unmanaged parameters all are fetched forward, and backward about half: the head, not the embeddings.
+        - Activation checkpointing fetches the weights once more, but for the last product of a layer, which is not
+          computed again (LoRA's is, its adapter comes after it), and all of the unmanaged ones twice.
+        - What `live` lets it keep from forward to backward is not fetched again. In full fine-tuning neither is a
+          layer from its second forward to its backward; frozen weights are let go of there whatever the limit.
 
     Args:
         setting: the run.
@@ -180,12 +199,25 @@ def network_step(setting: Setting) -> dict[str, float]:
     if n == 1:
         return {"reduce_scatter": float(gradients)}
     values, index = LOW * setting.share(setting.trained) * n, setting.share(index_sizes(setting)) * n
-    gathered = 2 * LOW * setting.managed + 1.5 * LOW * setting.unmanaged
+    gathered = LOW * _weights_fetched(setting)
     if setting.method == "lora":
-        gathered += 2 * values - LOW * setting.first_inputs
+        again = 1 + setting.checkpointing
+        gathered += (1 + again * (1 - setting.kept / (setting.managed + setting.unmanaged))) * values
     elif setting.method == "lift":
         gathered += values + 2 * index
     return {"all_gather": float(gathered), "reduce_scatter": float(gradients)}
+
+
+def _weights_fetched(setting: Setting) -> float:
+    """Elements of frozen parameters that ZeRO-3 fetches in a step, adapters and θ apart."""
+    managed, total = setting.managed, setting.managed + setting.unmanaged
+    if not setting.checkpointing:
+        first = setting.first_inputs if setting.method == "lora" else 0
+        return max(total, 2 * managed + 1.5 * setting.unmanaged - first - setting.kept)
+    again = managed - (setting.last_products if setting.method != "lora" else 0)
+    if setting.method == "full" and setting.live >= total // setting.layers:
+        again = 0
+    return max(total, 2 * managed + 2 * setting.unmanaged - setting.kept) + again
 
 
 def network_refresh(setting: Setting) -> dict[str, float]:

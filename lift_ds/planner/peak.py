@@ -68,10 +68,11 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     """Bytes on a rank at each moment of a step beside what is held between steps.
 
         loss                    saved by the model; softmax, its gradient and the logits' in fp32, 3 * 4 V t, or the
-                                last norm's backward, 5 * 4 h t; or in forward 6 i + 4 h a token within a
-                                layer, LoRA 8 i + 4 h
+                                last norm's backward, 5 * 4 h t; or in forward 6 i + 4 h a token within a layer,
+                                LoRA 8 i + 4 h
         backward, last layer    saved by the model; with checkpointing that layer's once more; 2 (2 h + i) a token in
-                                flight; one dW or its tile; two reduce buckets; ZeRO-3: what is gathered
+                                flight; one dW or its tile; two reduce buckets, in ZeRO-3 one more; there also the
+                                weights it keeps or fetches: a matrix, with checkpointing a layer
         backward, first layer   what one layer saves, and the same; all gradients; the whole index in ZeRO-1/2
         step                    K/N gradients: as they are, joined (ZeRO-1, 2) and in fp32, 2 + 2 + 4; the whole index;
                                 or in ZeRO-3 what LIFT writes back at a time, 2 of θ and 2 of the index
@@ -89,18 +90,19 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     partitioned = setting.stage == 3
     gradients = 0.0 if partitioned else _gradients_in_backward(setting)
     whole_index = 0.0 if partitioned else _gathered_index(setting)
-    total, layer_weights = setting.managed + setting.unmanaged, setting.managed // work.layers
-    live, gathered = (LOW * min(total, size) * partitioned for size in (setting.live, max(setting.live, layer_weights)))
+    kept_weights = LOW * setting.kept * partitioned
+    fetched = setting.managed / work.layers if work.checkpointing else max(m * n for m, n in setting.shapes)
+    gathered = max(kept_weights, LOW * fetched * partitioned)
     in_flight = LOW * work.tokens * (2 * work.hidden + work.intermediate)
     layer = saved_by_layer(work)
     kept = gradients if work.accumulation > 1 else 0.0
     own = layer if work.checkpointing else 0
-    buckets = 2 * LOW * setting.bucket * (setting.stage > 0)
+    buckets = LOW * setting.bucket * (0, 2, 2, 1)[setting.stage]  # ZeRO-3 holds one all the time
     at_layer = in_flight + _weight_gradient(setting) + buckets + gathered
     head = work.tokens * max(3 * HIGH * work.vocabulary, 5 * HIGH * work.hidden)
     forward = work.tokens * ((6 + LOW * bool(work.adapters)) * work.intermediate + 4 * work.hidden)
     return {
-        FORWARD: saved_by_model(work) + max(head, forward * work.checkpointing) + kept + live,
+        FORWARD: saved_by_model(work) + max(head, forward * work.checkpointing) + kept + kept_weights,
         FIRST_BACKWARD: saved_by_model(work) + own + at_layer + kept,
         LAST_BACKWARD: layer + at_layer + gradients + whole_index,
         STEP: _step(setting) + whole_index,

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import lift_ds
+from lift_ds.attach import dry_attach
 from lift_ds.attachment import attachment_of, leave_out_of_saved_models
 from lift_ds.layers import LiftConv1D, LiftLinear
 
@@ -493,3 +494,15 @@ def test_what_a_saved_model_leaves_out_is_forgotten_by_detach() -> None:
     assert left_out
     lift_ds.detach(model)
     assert model._keys_to_ignore_on_save == {"of.its.own"}
+
+
+def test_a_model_on_the_meta_device_is_attached_to_for_its_layout_alone() -> None:
+    with torch.device("meta"):
+        dry = dry_attach(Matrices(), CONFIG)
+    real = lift_ds.attach(Matrices(), CONFIG)
+    assert {name: p.shape for name, p in dry.named_parameters()} == {
+        name: p.shape for name, p in real.named_parameters()
+    }
+    assert all(parameter.is_meta for parameter in dry.parameters())
+    with pytest.raises(ValueError, match=r"is on cpu; lift_ds\.attach selects"):
+        dry_attach(Matrices(), CONFIG)

@@ -1,0 +1,180 @@
+"""One decoder layer of Llama-2-70B's shapes (8192, 28672), trained and refreshed on this machine within its plan.
+
+    python benchmarks/decoder_layer.py                    # about ten minutes and 8 GB
+    python benchmarks/decoder_layer.py --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
+
+Real DeepSpeed, ZeRO-2, one rank, bf16, activation checkpointing, LIFT by the paper's settings; random weights. Every
+tensor storage is counted (`counting.Ledger`); printed beside the planner's estimate: what is held between steps, the
+peak of a step, the peak of a step with its refresh. Exit code 1 when a count is over the plan by more than 5%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
+import torch
+from counting import Ledger
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lift_ds
+from lift_ds.layers import HOST_TILE_ENTRIES
+from lift_ds.planner import peak
+from lift_ds.planner.formulas import GRADIENTS, Setting, persistent
+from lift_ds.planner.models import facts_of
+from lift_ds.planner.peak import Activations
+from lift_ds.planner.refresh import refresh_work
+
+#: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
+TOLERANCE = 0.05
+
+_BUCKET, _VOCABULARY, _STEPS = 10_000_000, 64, 3
+
+Record = dict[str, Any]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=8192)
+    parser.add_argument("--intermediate", type=int, default=28672)
+    parser.add_argument("--heads", type=int, default=64)
+    parser.add_argument("--key-value-heads", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=128, help="budget rank and rank of the approximation")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "decoder_layer.json")
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace) -> Record:
+    """Train on this rank, count each step, and set the plan beside it."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.key_value_heads,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    model: Any = LlamaForCausalLM._from_config(settings, dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = lift_ds.LiftConfig(budget_rank=args.rank, lra_rank=args.rank, refresh_interval=_STEPS)
+    seconds = {"attach": -time.perf_counter()}
+    lift_ds.attach(model, config)
+    seconds["attach"] += time.perf_counter()
+    facts = facts_of("one layer", settings, model)
+    engine = lift_ds.initialize(model=model, config=_ds_config(config))[0]
+    ledger = Ledger(1)
+    steps: list[Record] = []
+    with ledger:
+        for parameter in model.parameters():
+            parameter.view(-1)  # what was there before is seen when an operator takes it
+        for step in range(_STEPS):
+            start = time.perf_counter()
+            with ledger.window() as window:
+                _step(engine, args.tokens, ledger)
+            steps.append({"bytes": window.start_bytes + window.peak_bytes, "seconds": time.perf_counter() - start})
+            print(f"step {step + 1}: {steps[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return {"seconds": seconds, "steps": steps, "held": ledger.live_bytes, "plan": _plan(facts, config, args.tokens)}
+
+
+def _ds_config(config: lift_ds.LiftConfig) -> Record:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+        "bf16": {"enabled": True},
+        "steps_per_print": 10**9,
+        "lift": config.to_dict(),
+    }
+
+
+def _step(engine: Any, tokens: int, ledger: Ledger) -> None:
+    rows = torch.randint(0, _VOCABULARY, (1, tokens))
+    ledger.phase = "forward"
+    loss = engine(input_ids=rows, labels=rows).loss
+    ledger.phase = "backward"
+    engine.backward(loss)
+    del loss
+    ledger.phase = "step"
+    engine.step()
+
+
+def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:
+    setting = Setting(
+        method="lift",
+        stage=2,
+        ranks=1,
+        shapes=tuple(facts.shapes.values()),
+        trained=tuple(facts.entries.values()),
+        unmanaged=sum(facts.others),
+        bucket=_BUCKET,
+        tile=HOST_TILE_ENTRIES,
+    )
+    work = Activations(
+        tokens=tokens,
+        hidden=facts.hidden,
+        intermediate=facts.intermediate,
+        key_value=facts.key_value,
+        heads=facts.heads,
+        layers=1,
+        vocabulary=_VOCABULARY,
+        checkpointing=True,
+    )
+    held = persistent(setting)
+    refresh = refresh_work(facts, config, 1, 2)
+    return {
+        "held": sum(held.values()) - held[GRADIENTS],
+        "peak": peak.peak(setting, work)[1],
+        "refresh": sum(held.values()) + refresh.memory,
+        "managed_parameters": facts.managed,
+        "trained_entries": sum(facts.entries.values()),
+    }
+
+
+def judge(found: Record) -> list[Record]:
+    """Put each count beside its plan; bytes."""
+    plan, steps = found["plan"], found["steps"]
+    counts = {
+        "held between steps": (found["held"], plan["held"]),
+        "peak of a step": (max(step["bytes"] for step in steps[:-1]), plan["peak"]),
+        "peak with a refresh": (steps[-1]["bytes"], max(plan["peak"], plan["refresh"])),
+    }
+    return [
+        {"what": what, "counted": counted, "planned": planned, "pass": counted <= (1 + TOLERANCE) * planned}
+        for what, (counted, planned) in counts.items()
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write the JSON; 1 when a count is over its plan."""
+    args = parse_arguments(arguments)
+    found = on_ranks.run_on_ranks(train, 1, args, limit=3000)[0]
+    rows = judge(found)
+    managed, trained = found["plan"]["managed_parameters"], found["plan"]["trained_entries"]
+    print(f"one layer of {args.hidden} x {args.intermediate}: {managed:,} managed parameters, {trained:,} trained")
+    print(f"{'GB':22}{'counted':>9}{'planned':>9}{'ratio':>7}")
+    for row in rows:
+        ratio = row["counted"] / row["planned"]
+        verdict = "" if row["pass"] else "  OVER"
+        print(f"{row['what']:22}{row['counted'] / 1e9:9.3f}{row['planned'] / 1e9:9.3f}{ratio:7.3f}{verdict}")
+    steps = ", ".join(f"{step['seconds']:.0f} s" for step in found["steps"])
+    print(f"first selection {found['seconds']['attach']:.0f} s; steps {steps}")
+    values = {**vars(args), "output": args.output.name}
+    on_ranks.write_results(args.output, {"arguments": values, "budgets": rows, **found})
+    return 0 if all(row["pass"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
