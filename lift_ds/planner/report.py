@@ -14,8 +14,8 @@ _GB = 1e9
 def table(plan: Plan) -> str:
     """Return the comparison: a row for each method and stage, gigabytes (10^9 bytes) and seconds on one rank."""
     head = (
-        f"{'':18}{'micro':>6}{'accum':>6}{'ckpt':>5} |{'weights':>8}{'trained':>8}{'index':>6}{'grads':>6}"
-        f"{'Adam':>7} |{'peak':>7}  {'fits':10}|{'step s':>7}{'tok/s':>8}{'net GB':>7}{'refresh s':>10}"
+        f"{'':18}{'micro':>6}{'accum':>6}{'ckpt':>5} |{'weights':>8}{'trained':>8}{'index':>6}{'grads':>8}"
+        f"{'Adam':>7} |{'peak':>7}  {'fits':11}|{'step s':>7}{'tok/s':>8}{'net GB':>7}{'refresh s':>10}"
     )
     lines = [*_summary(plan), "", head, "-" * len(head)]
     for row in plan.rows:
@@ -46,8 +46,8 @@ def _row(plan: Plan, row: Estimate) -> str:
     refresh = f"{row.time.refresh:10.2f}" if row.refresh else f"{'':10}"
     return (
         f"{name:18}{choice.micro_batch:6}{choice.accumulation:6}{'yes' if choice.checkpointing else 'no':>5} |"
-        f"{held[WEIGHTS] + held[UNMANAGED]:8.2f}{held[TRAINED]:8.2f}{held[INDEX]:6.2f}{held[GRADIENTS]:6.2f}"
-        f"{held[MASTER] + held[MOMENTS]:7.2f} |{row.peak / _GB:7.1f}  {fits:10}|"
+        f"{held[WEIGHTS] + held[UNMANAGED]:8.2f}{held[TRAINED]:8.2f}{held[INDEX]:6.2f}{held[GRADIENTS]:8.2f}"
+        f"{held[MASTER] + held[MOMENTS]:7.2f} |{row.peak / _GB:7.1f}  {fits:11}|"
         f"{row.time.total:7.2f}{tokens:8.0f}{row.received / _GB:7.2f}{refresh}"
     )
 
