@@ -47,6 +47,8 @@ test-slow: $(STAMP)
 
 footprint: $(STAMP)
 	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python benchmarks/footprint.py --checkpointing --vocabulary 1024 --stages 1,2,3 \
+		--output benchmarks/results/footprint_checkpointing.json
 	$(BIN)/python benchmarks/refresh_ranks.py
 
 speed: $(STAMP)
