@@ -17,10 +17,10 @@ FOOTPRINT = Path(__file__).parents[2] / "benchmarks" / "footprint.py"
 SIZES = "--hidden 256 --intermediate 656 --layers 2 --vocabulary 64 --batch 1 --sequence 128"
 
 
-@pytest.mark.parametrize("more", ["", "--checkpointing"])
+@pytest.mark.parametrize("more", ["", "--checkpointing --vocabulary 1024"])
 def test_counts_agree_with_formulas(more: str, tmp_path: Path) -> None:
     output = tmp_path / "footprint.json"
-    command = f"--ranks 2 --stages 2,3 --methods lift {SIZES} {more} --output {output}"
+    command = f"--ranks 2 --stages 2,3 --methods lift {SIZES} {more} --output {output}"  # the last of a flag holds
     result = subprocess.run([sys.executable, FOOTPRINT, *command.split()], capture_output=True, text=True, timeout=300)
     assert output.exists(), result.stdout[-4000:] + result.stderr[-4000:]
     found = json.loads(output.read_text())
