@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -62,6 +63,9 @@ FAILED, REFUSED, UNSAVED, INTERRUPTED = 1, 2, 74, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
+
+#: Seconds that a collective may wait longer than the watch lets it.
+_LATER = 10
 
 
 @dataclass
@@ -129,6 +133,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
     demo_base = prepare_demo(values) if is_demo else None
     script = arguments.build(arguments.ScriptArguments, values)
     values["deepspeed"] = arguments.deepspeed_settings(values)
+    if config.stall_timeout is not None and "ddp_timeout" not in given:
+        # Collectives that nothing watches, such as those of TRL's metrics, have the same limit; the watch says more.
+        values["ddp_timeout"] = math.ceil(config.stall_timeout) + _LATER
     if values["deepspeed"]:
         single_process_group()
         meeting.meet()

@@ -1,12 +1,13 @@
 """A node that loses its power in the middle of a run: the run ends within its limit, and goes on from its last checkpoint.
 
 The link of the node is gone first, so that no connection is closed: the others hear nothing more. What tells them is
-`--stall_timeout` (20 s here), ssh's own sign of life (30 s), and SLURM's (15 s here). Started again, a run ends in the
+`--stall_timeout` (20 s here, 10 s more for what it does not watch), ssh's own sign of life (30 s), and SLURM's (15 s here). Started again, a run ends in the
 weights of one that nothing happened to, to the bit.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_pdsh_ends_and_continues(cluster: Cluster, given: Given, tmp_path: Path,
         cluster.cut(2)
         ended = running.wait(NOTICED)
         assert ended.code != 0, ended.text
-        assert "no progress for 20 s" in ended.text
+        assert re.search("no progress for 20 s|another rank is gone or does not answer", ended.text), ended.text
         assert not cluster.left()
     finally:
         running.kill()
