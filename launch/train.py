@@ -25,8 +25,13 @@ from typing import NoReturn
 
 # DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun, mpirun and srun have
 # names of their own for it.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
-os.environ.setdefault("LOCAL_SIZE", next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "1"))
+os.environ.setdefault(
+    "LOCAL_SIZE",
+    os.environ.get("LOCAL_WORLD_SIZE")
+    or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    or os.environ.get("SLURM_NTASKS_PER_NODE")
+    or os.environ.get("WORLD_SIZE", "1"),
+)
 
 try:
     import trl  # noqa: F401 - what needs it comes below

@@ -61,7 +61,9 @@ def meet() -> None:
         _store.set(keys[rank], socket.gethostname())
         _store.wait(keys, timedelta(seconds=max(deadline - time.monotonic(), 1)))
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{_absent(_store, keys)} not come to {address}:{port} within {limit:g} s ({LIMIT})") from error
+        raise ValueError(
+            f"{_absent(_store, keys)} not come to {address}:{port} within {limit:g} s ({LIMIT})"
+        ) from error
 
 
 def _absent(store: dist.Store, keys: list[str]) -> str:
@@ -147,6 +149,7 @@ def check_batch(args: TrainingArguments) -> None:
     mismatches = args.hf_deepspeed_config.mismatches if args.deepspeed else []
     if mismatches:
         found = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " where the run has ") for text in mismatches)
+        found = found.replace(" (calculated)", "")
         raise ValueError(
             f"the DeepSpeed file does not match this run on {args.world_size} rank(s): {found}. "
             'Change one of the two, or write "auto" into the file'

@@ -21,7 +21,20 @@ HOSTS = Path(__file__).parent / "hosts.sh"
 BIN = Path(sys.executable).parent
 
 #: What hosts and launchers need; tests/cluster/install.sh brings them on Debian.
-PROGRAMS = ("ip", "tc", "unshare", "nsenter", "sshd", "ssh", "pdsh", "mpirun", "sbatch", "slurmctld", "slurmd", "munged")
+PROGRAMS = (
+    "ip",
+    "tc",
+    "unshare",
+    "nsenter",
+    "sshd",
+    "ssh",
+    "pdsh",
+    "mpirun",
+    "sbatch",
+    "slurmctld",
+    "slurmd",
+    "munged",
+)
 
 #: Longest time of one job. It takes 15 to 30 seconds on two idle cores; the rest is for cores that are shared.
 LIMIT_SECONDS = 180.0
@@ -62,8 +75,8 @@ class Ended:
 
     def errors(self) -> list[str]:
         """Return the lines that say what is wrong."""
-        # pdsh and torchrun put the node, or the rank, before a line.
-        return re.findall(r"^(?:\S+: |\[[^\]]*\]:)?((?:\S+: )?error: .*)$", self.text, re.MULTILINE)
+        # pdsh puts the node before a line.
+        return re.findall(r"^(?:node\d+: )?(error: .*)$", self.text, re.MULTILINE)
 
 
 class Running:
@@ -111,7 +124,9 @@ class Cluster:
 
     def environment(self, **variables: str) -> dict[str, str]:
         # No PORT, no SIZE, nothing of a launcher that runs these tests.
-        kept = {name: os.environ[name] for name in ("HOME", "USER", "LANG", "TORCH_EXTENSIONS_DIR") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("HOME", "USER", "LANG", "TORCH_EXTENSIONS_DIR") if name in os.environ
+        }
         return {
             **kept,
             "PATH": os.pathsep.join([str(BIN), os.environ["PATH"], "/usr/sbin", "/sbin"]),

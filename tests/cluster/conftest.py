@@ -12,6 +12,7 @@ from given import Given
 from lift_ds.demo import texts
 from lift_ds.demo.base import BaseSettings, build_base
 
+
 @pytest.fixture(scope="session")
 def _hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     reason = why_not()
