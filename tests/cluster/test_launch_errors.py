@@ -1,7 +1,7 @@
 """What cannot work ends within seconds, in one error that says what to change, with nothing left on any node.
 
-What the scripts can see they refuse before they start anything; the rest launch/train.py refuses on its ranks, also when
-a launcher was called by hand.
+What the scripts can see they refuse before they start anything; the rest launch/train.py refuses on its ranks, also
+when a launcher was called by hand.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whatever starts the ranks, they train the same.
 
-On the same number of ranks the losses of every step and the saved model are those of any other launcher to the bit: the
-ranks see the same rows, and nothing depends on which node a rank is on. Job files go through `sbatch` as they are, asking
-for GPUs, which SLURM is made to believe in.
+On the same number of ranks the losses of every step and the saved model are those of any other launcher to the bit:
+the ranks see the same rows, and nothing depends on which node a rank is on. Job files go through `sbatch` as they are,
+asking for GPUs, which SLURM is made to believe in.
 """
 
 from __future__ import annotations

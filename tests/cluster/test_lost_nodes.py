@@ -1,8 +1,8 @@
-"""A node that loses its power in the middle of a run: the run ends within its limit, and goes on from its last checkpoint.
+"""A node that loses its power during a run: the run ends within its limit, and goes on from its last checkpoint.
 
 The link of the node is gone first, so that no connection is closed: the others hear nothing more. What tells them is
-`--stall_timeout` (20 s here, 10 s more for what it does not watch), ssh's own sign of life (30 s), and SLURM's (15 s here). Started again, a run ends in the
-weights of one that nothing happened to, to the bit.
+`--stall_timeout` (20 s here, 10 s more for what it does not watch), ssh's own sign of life (30 s), and SLURM's (15 s
+here). Started again, a run ends in the weights of one that nothing happened to, to the bit.
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ def test_a_limit_that_is_none_is_refused(environment: pytest.MonkeyPatch, limit:
 
 def test_one_process_meets_nobody(environment: pytest.MonkeyPatch) -> None:
     """Without a launcher there is nothing to wait for."""
+    environment.setattr(meeting, "_store", None)
     meeting.meet()
     assert meeting._store is None
 
