@@ -61,6 +61,21 @@ def test_slurm_continues_a_job_by_itself(
     _check_same(output, undisturbed)
 
 
+def test_slurm_continues_after_the_time_limit(
+    cluster: Cluster, given: Given, tmp_path: Path, undisturbed: Path
+) -> None:
+    """SLURM's signal ahead of the limit puts the job back into the queue, from where it continues."""
+    output = tmp_path / "out"
+    job = cluster.submit("slurm_ranks.sbatch", *LONGER, options=["--ntasks-per-node=2"], **given.variables(output))
+    wait_until((output / "checkpoint-20" / "lift.json").exists, 120, lambda: cluster.said_by(job))
+    cluster.on(1, "scancel", "--signal=USR1", "--batch", str(job))
+    ended = cluster.wait_for_job(job)
+    assert ended.code == 0, ended.text
+    assert cluster.job(job)["Restarts"] == "1", ended.text
+    assert "the job goes back into the queue" in ended.text
+    _check_same(output, undisturbed)
+
+
 def test_pdsh_ends_and_continues(cluster: Cluster, given: Given, tmp_path: Path, undisturbed: Path) -> None:
     """The command ends with an error in time and leaves nothing; the same command continues."""
     output = tmp_path / "out"
