@@ -149,6 +149,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        meeting.limit_collectives(args.ddp_timeout)
         unlink_shared_memory()
         meeting.check_batch(args)
     watch.start(config.stall_timeout)

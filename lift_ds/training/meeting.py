@@ -143,6 +143,16 @@ def _find_mark(mark: Path, rank: int) -> None:
         time.sleep(0.2)
 
 
+def limit_collectives(seconds: float) -> None:
+    """Give the collectives of the run their limit; on CPUs the Trainer does not hand `ddp_timeout` on.
+
+    Args:
+        seconds: after which a collective whose peers do not answer is an error.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
 def check_batch(args: TrainingArguments) -> None:
     """Check that the DeepSpeed file fits the number of ranks and the flags, as far as it fixes anything.
 
