@@ -1,5 +1,6 @@
 # make setup   install into .venv          make train   the main job, small and offline, on two ranks
 # make test    lint, types, every test     make test-slow   the longer checks
+# make test-cluster   every launcher on several hosts made of namespaces; on Debian as root, skipped elsewhere
 # make footprint   memory and network of full fine-tuning, LoRA and LIFT, counted; a refresh on several ranks
 # make speed   how fast principal weights are selected, and how fast a step is; tables, JSON and plots
 
@@ -14,7 +15,7 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test test-slow footprint speed lint clean
+.PHONY: setup train test test-slow test-cluster footprint speed lint clean
 
 setup: $(STAMP)
 
@@ -40,10 +41,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow and not cluster"
 
 test-slow: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m slow
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "slow and not cluster"
+
+test-cluster: $(STAMP)
+	tests/cluster/install.sh $(abspath $(BIN))
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m cluster tests/cluster
 
 footprint: $(STAMP)
 	$(BIN)/python benchmarks/footprint.py

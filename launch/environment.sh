@@ -57,7 +57,7 @@ ask_host() {
     for needed in "$repository/launch/train.py" "$(command -v python)" "$OUTPUT/launch"; do
       echo "[ -e '$needed' ] || { echo 'does not see $needed'; exit 1; }"
     done | timeout 20 ssh -o BatchMode=yes -o ConnectTimeout=5 "$1" bash 2>&1
-  ) || head -n 1 <<< "$1: ${answer:-does not answer ssh}"
+  ) || tr -d '\r' <<< "$1: ${answer:-does not answer ssh}" | head -n 1
 }
 
 # A SLURM step whose job is started again as long as its attempts get further: one that ends before a checkpoint of its
@@ -71,7 +71,7 @@ step_with_requeue() {
   until wait $! || code=$?; [ "$code" -lt 128 ] || ! kill -0 $! 2> /dev/null; do code=0; done
   [ "$code" != 0 ] || return 0
   requeue_if_further
-  echo "error: this attempt ended ($code) before a checkpoint of its own, so the job is not started again" >&2
+  echo "this attempt ended (exit code $code) before a checkpoint of its own, so the job is not started again" >&2
   exit "$code"
 }
 

@@ -9,8 +9,9 @@ for argument in "$@"; do # pdsh gives them to a shell on the other side
 done
 check_hosts
 first=$(head -n 1 <<< "$hosts")
-PORT=$(ssh -o BatchMode=yes "$first" "$(command -v python)" - "${PORT:-0}" <<< "$probe" 2> /dev/null) ||
-  fail "port ${PORT:-0} is in use on $first; name another by PORT, or none for a free one"
+wanted=${PORT:-0}
+PORT=$(ssh -o BatchMode=yes "$first" "$(command -v python)" - "$wanted" <<< "$probe" 2> /dev/null) ||
+  fail "port $wanted is in use on $first; name another by PORT, or none for a free one"
 
 # DeepSpeed exports what this file has to the other nodes.
 export DS_ENV_FILE=$OUTPUT/launch/deepspeed_env

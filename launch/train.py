@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -25,8 +26,13 @@ from typing import NoReturn
 
 # DeepSpeed counts the devices of a CPU machine by this and looks when it is imported; torchrun, mpirun and srun have
 # names of their own for it.
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
-os.environ.setdefault("LOCAL_SIZE", next((os.environ[name] for name in _LOCAL_SIZES if name in os.environ), "1"))
+os.environ.setdefault(
+    "LOCAL_SIZE",
+    os.environ.get("LOCAL_WORLD_SIZE")
+    or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    or os.environ.get("SLURM_NTASKS_PER_NODE")
+    or os.environ.get("WORLD_SIZE", "1"),
+)
 
 try:
     import trl  # noqa: F401 - what needs it comes below
@@ -63,6 +69,9 @@ FAILED, REFUSED, UNSAVED, INTERRUPTED = 1, 2, 74, 130
 
 #: Seconds the other ranks wait for the launcher to end them once rank 0 has said what is wrong.
 _GRACE = 20.0
+
+#: Seconds that a collective may wait longer than the watch lets it.
+_LATER = 10
 
 
 @dataclass
@@ -131,6 +140,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
     demo_base = prepare_demo(values) if is_demo else None
     script = arguments.build(arguments.ScriptArguments, values)
     values["deepspeed"] = arguments.deepspeed_settings(values)
+    if config.stall_timeout is not None and "ddp_timeout" not in given:
+        # Collectives that nothing watches, such as those of TRL's metrics, have the same limit; the watch says more.
+        values["ddp_timeout"] = math.ceil(config.stall_timeout) + _LATER
     if values["deepspeed"]:
         single_process_group()
         meeting.meet()
@@ -139,6 +151,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        meeting.limit_collectives(args.ddp_timeout)
         unlink_shared_memory()
         meeting.check_batch(args)
     watch.start(config.stall_timeout)

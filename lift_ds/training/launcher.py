@@ -4,8 +4,8 @@
     torchrun (one a node)    ->  the ranks
     mpirun, srun             ->  the ranks, which have to ask which ones they are
 
-DeepSpeed 0.19's command passes no signal on: ended alone (`kill PID`, a scheduler, a closing wrapper) it leaves the node
-launchers training on, their ports and devices held. A node launcher does pass a signal on to its ranks.
+DeepSpeed 0.19's command passes no signal on: ended alone (`kill PID`, a scheduler, a closing wrapper) it leaves the
+node launchers training on, their ports and devices held. A node launcher does pass a signal on to its ranks.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ the rank that cannot open it while the others wait for whoever answers there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -103,7 +104,7 @@ def check_same_folder(output_dir: str) -> None:
     """Check that every rank sees the folder that all of them write checkpoints to; all ranks call, two all-gathers.
 
     Args:
-        output_dir: the run's folder; made by rank 0 where it does not exist.
+        output_dir: the run's folder; where it does not exist it is made for as long as this takes.
 
     Raises:
         ValueError: a rank does not see what rank 0 wrote there.
@@ -111,12 +112,17 @@ def check_same_folder(output_dir: str) -> None:
     rank, count = rank_and_count()
     if count == 1:
         return
-    mark = by_main(lambda: _leave_mark(Path(output_dir)))
+    folder = Path(output_dir)
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    mark = by_main(lambda: _leave_mark(folder))
     try:
-        together(lambda: _find_mark(Path(output_dir) / mark, rank))
+        together(lambda: _find_mark(folder / mark, rank))
     finally:
         if rank == 0:
-            (Path(output_dir) / mark).unlink(missing_ok=True)
+            (folder / mark).unlink(missing_ok=True)
+            for path in absent:  # a run that is refused after this leaves no folder
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def _leave_mark(folder: Path) -> str:
@@ -137,6 +143,16 @@ def _find_mark(mark: Path, rank: int) -> None:
         time.sleep(0.2)
 
 
+def limit_collectives(seconds: float) -> None:
+    """Give the collectives of the run their limit; on CPUs the Trainer does not hand `ddp_timeout` on.
+
+    Args:
+        seconds: after which a collective whose peers do not answer is an error.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
 def check_batch(args: TrainingArguments) -> None:
     """Check that the DeepSpeed file fits the number of ranks and the flags, as far as it fixes anything.
 
@@ -149,6 +165,7 @@ def check_batch(args: TrainingArguments) -> None:
     mismatches = args.hf_deepspeed_config.mismatches if args.deepspeed else []
     if mismatches:
         found = "; ".join(text.removeprefix("- ds ").replace(" vs hf ", " where the run has ") for text in mismatches)
+        found = found.replace(" (calculated)", "")
         raise ValueError(
             f"the DeepSpeed file does not match this run on {args.world_size} rank(s): {found}. "
             'Change one of the two, or write "auto" into the file'
