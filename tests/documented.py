@@ -1,4 +1,4 @@
-"""Commands in the documentation whose output is shown there: `python tests/documented.py` writes what they print now."""
+"""Commands in the documentation whose output is shown there; `python tests/documented.py` writes what they print now."""
 
 from __future__ import annotations
 
