@@ -1,4 +1,4 @@
-"""Commands in the documentation whose output is shown there; `python tests/documented.py` writes what they print now."""
+"""Commands whose output the documentation shows; `python tests/documented.py` writes what they print now."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pins that the output shown in the documentation is what the commands print; `python tests/documented.py` writes it."""
+"""Pins that output shown in the documentation is what the commands print; `python tests/documented.py` writes it."""
 
 from __future__ import annotations
 
