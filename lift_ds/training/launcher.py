@@ -137,5 +137,6 @@ def _node_launcher_and_command() -> tuple[psutil.Process, psutil.Process] | None
 def _end_after(node_launcher: psutil.Process, command: psutil.Process) -> None:
     while command.is_running() and command.status() != psutil.STATUS_ZOMBIE:
         time.sleep(_INTERVAL)
-    print("the deepspeed command has ended: ending the run", file=sys.stderr, flush=True)
     node_launcher.send_signal(signal.SIGTERM)
+    with contextlib.suppress(OSError):  # its connection may have been this process's standard error
+        print("the deepspeed command has ended: ending the run", file=sys.stderr, flush=True)
