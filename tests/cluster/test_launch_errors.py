@@ -122,14 +122,14 @@ def test_a_deepspeed_file_that_does_not_match(cluster: Cluster, given: Given, tm
     """A batch size of the file that so many ranks, or the flags, do not make: both values are named."""
     content = json.loads((REPOSITORY / "ds_configs" / "lift_zero2.json").read_text())
     for key, value, has in (
-        ("train_batch_size", 64, "train_batch_size=4"),
-        ("train_micro_batch_size_per_gpu", 8, "per_device_train_batch_size=2"),
+        ("train_batch_size", 64, "2 rank(s): train_batch_size=64 where the run has train_batch_size=4"),
+        ("train_micro_batch_size_per_gpu", 8, "--per_device_train_batch_size 2 contradicts"),
     ):
         path = tmp_path / f"{key}.json"
         path.write_text(json.dumps({**content, key: value}))
         variables = given.variables(tmp_path / key, DS_CONFIG=str(path), HOSTFILE=cluster.hostfile(2, 1))
         ended = cluster.run(1, ["launch/openmpi.sh", *FLAGS], **variables)
-        _check(ended, f"{key}={value}", has, "2 rank", limit=ON_RANKS)
+        _check(ended, f"{key}={value}", has, limit=ON_RANKS)
 
 
 def test_a_node_that_does_not_come(cluster: Cluster, given: Given, tmp_path: Path) -> None:
