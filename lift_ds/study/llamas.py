@@ -1,5 +1,5 @@
-"""The Llamas the benchmarks train: their managed matrices, the LoRA of equal size, the model with random weights,
-and the engines that LIFT is compared with."""
+"""The Llamas that benchmarks and studies train: their managed matrices, the LoRA of equal size, the model with random
+weights, and the engine of each method."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ def build_llama(
     )
     with torch.device(device):
         return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def build_engine(model: Any, method: str, rank: int, ds_config: dict[str, Any], lift: dict[str, Any]) -> Any:
+    """Build DeepSpeed's engine of a method; embeddings, norms and head are frozen in all of them.
+
+    Args:
+        model: a Llama.
+        method: "full", "lora" or "lift".
+        rank: of the LoRA.
+        ds_config: content of a DeepSpeed file.
+        lift: LIFT's block of it.
+    """
+    if method != "lift":
+        return dense_engine(model, method, rank, ds_config)
+    import lift_ds
+
+    return lift_ds.initialize(model=model, config={**ds_config, "lift": lift})[0]
 
 
 def dense_engine(model: Any, method: str, rank: int, ds_config: dict[str, Any]) -> Any:
