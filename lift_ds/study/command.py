@@ -23,6 +23,9 @@ from lift_ds.study.table import FAILED, OK, Row, left_to_do, read_rows, row_of, 
 
 TABLE, REPORT = "measurements.csv", "report.md"
 
+#: Columns of what a rank measures of a step, in its order.
+PHASES = ("forward_seconds", "backward_seconds", "optimizer_seconds")
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the command line."""
@@ -180,8 +183,7 @@ def measured(result: Record) -> Row:
         "step_seconds": statistics.median(seconds),
         "step_seconds_min": min(seconds),
         "step_seconds_max": max(seconds),
-        "forward_backward_seconds": result.get("forward_backward"),
-        "optimizer_seconds": result.get("optimizer"),
+        **dict(zip(PHASES, result.get("phases", ()), strict=False)),
         "wire_bytes_sent": result["wire_sent"],
         "wire_bytes_received": result["wire_received"],
         "trained_parameters": result.get("trained"),

@@ -125,7 +125,7 @@ def calibrate(rows: Sequence[Row], sizes: Sizes) -> Calibration | None:
         if row["method"] == PROBE:
             probes.setdefault((row["nodes"], row["ranks"], row["link"]), []).append(row)
     return Calibration(
-        tflops=1e-12 * count / _median(full, "forward_backward_seconds"),
+        tflops=1e-12 * count / (_median(full, "forward_seconds") + _median(full, "backward_seconds")),
         bandwidth_gb=1e-9 * moved / _median(full, "optimizer_seconds"),
         refresh_tflops=refresh,
         links={link: _median(of_link, "measured_gbit") / 8 for link, of_link in probes.items()},

@@ -22,7 +22,7 @@ COLUMNS: dict[str, type] = {
     "batch": int, "tokens_per_rank": int, "managed_parameters": int, "trained_parameters": int, "repetition": int,
     "status": str, "error": str,
     "steps": int, "step_seconds": float, "step_seconds_min": float, "step_seconds_max": float,
-    "forward_backward_seconds": float, "optimizer_seconds": float,
+    "forward_seconds": float, "backward_seconds": float, "optimizer_seconds": float,
     "wire_bytes_sent": float, "wire_bytes_received": float, "logical_bytes": float, "ring_bytes": float,
     "peak_bytes": float, "refresh_seconds": float, "refresh_wire_bytes": float, "measured_gbit": float,
     "predicted_step_seconds": float, "predicted_compute_seconds": float, "predicted_network_seconds": float,

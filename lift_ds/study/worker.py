@@ -12,6 +12,7 @@ last: of every process of the node, with the headers of the packets, and the bar
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import statistics
@@ -107,8 +108,7 @@ class Worker:
         sent, received = self._since(before, cell.steps)
         found |= {
             "seconds": [max(totals) for totals in zip(*from_all([sum(parts) for parts in timed]), strict=True)],
-            "forward_backward": statistics.median(parts[0] for parts in timed),
-            "optimizer": statistics.median(parts[1] for parts in timed),
+            "phases": [statistics.median(phase) for phase in zip(*timed, strict=True)],
             "wire_sent": sent,
             "wire_received": received,
             "trained": sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.parameters() if p.requires_grad),
@@ -163,17 +163,20 @@ class Worker:
             "peak_bytes": max(from_all(window.start_bytes + window.peak_bytes)),
         }
 
-    def _step(self) -> tuple[float, float]:
-        """One optimizer step; returns the seconds of forward and backward, and of the rest."""
+    def _step(self) -> list[float]:
+        """One optimizer step; returns the seconds of forward, backward and the rest."""
         cell = self._cell
         shape = (cell.batch, cell.sizes.sequence)
         tokens = torch.randint(0, cell.sizes.vocabulary, shape, generator=self._generator).to(self._device)
         dist.barrier()
-        start = self._now()
-        self._engine.backward(self._engine(input_ids=tokens, labels=tokens).loss)
-        middle = self._now()
+        marks = [self._now()]
+        loss = self._engine(input_ids=tokens, labels=tokens).loss
+        marks.append(self._now())
+        self._engine.backward(loss)
+        marks.append(self._now())
         self._engine.step()
-        return middle - start, self._now() - middle
+        marks.append(self._now())
+        return [stop - start for start, stop in itertools.pairwise(marks)]
 
     def _now(self) -> float:
         if self._device.type == "cuda":
