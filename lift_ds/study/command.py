@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lift_ds.study.cells import METHODS, STAGES, STRONG, WEAK, Cell, Grid, Sizes, make_grid
@@ -69,22 +69,22 @@ def main(description: str | None, argv: Sequence[str] | None = None) -> int:
         0; 1 when the table has cells that failed; 2 for settings that cannot be used.
     """
     args = make_parser(description).parse_args(argv)
-    try:
-        grid = grid_of(args)
-        cells = make_grid(grid)
-        runner = runner_of(args)
-        args.output = args.output.absolute()
-        args.output.mkdir(parents=True, exist_ok=True)
-        with alone_in(args.output):
+    with ExitStack() as held:
+        try:
+            cells = make_grid(grid_of(args))
+            runner = runner_of(args)
+            args.output = args.output.absolute()
+            args.output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(args.output))
             rows = read_rows(args.output / TABLE)
             todo = left_to_do(cells, rows, args.retry)
             for nodes in {cell.nodes for cell in todo}:
                 most = max(cell.ranks for cell in todo if cell.nodes == nodes) // nodes
                 runner.check(nodes, most, args.output)
-            return run(args, cells, todo, rows, runner)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return run(args, cells, todo, rows, runner)
 
 
 def grid_of(args: argparse.Namespace) -> Grid:

@@ -1,7 +1,8 @@
 """What the planner predicts for a cell, on hardware calibrated by other cells.
 
-    speed of a device       operations of a step of full fine-tuning on one rank / seconds of its forward and backward
-    bandwidth of memory     30 bytes an entry of Adam / seconds of that run's optimizer phase
+    bandwidth of memory     bytes of the optimizer's step of full fine-tuning on one rank / its seconds
+    speed of a device       operations of that run / seconds of its forward and backward, less those that its gradients
+                            take in DeepSpeed's buckets at that bandwidth
     speed of a refresh      operations of LIFT's refresh on one rank / its seconds
     a link                  the rate that was given for it; where none was, what an all-reduce of the same ranks had
 
@@ -21,7 +22,7 @@ from typing import Any
 from lift_ds.config import LiftConfig
 from lift_ds.layers import HOST_TILE_ENTRIES, TILE_ENTRIES
 from lift_ds.planner import peak, speed
-from lift_ds.planner.formulas import HIGH, LOW, Setting
+from lift_ds.planner.formulas import Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.peak import Activations
@@ -113,8 +114,12 @@ def calibrate(rows: Sequence[Row], sizes: Sizes) -> Calibration | None:
     if not full:
         return None
     cell = cell_of(full[0])
-    count = sum(speed.operations(setting_of(cell, full[0]["device"]), activations_of(cell), sizes.sequence).values())
-    moved = (7 * HIGH + LOW) * sizes.managed
+    setting = setting_of(cell, full[0]["device"])
+    count = sum(speed.operations(setting, activations_of(cell), sizes.sequence).values())
+    bandwidth = speed.optimizer_bytes(setting) / _median(full, "optimizer_seconds")
+    forward, backward = _median(full, "forward_seconds"), _median(full, "backward_seconds")
+    # Backward has twice forward's operations; a noisy run may seem to leave less.
+    products = max(3 * forward, forward + backward - speed.gradient_bytes(setting) / bandwidth)
     lift = [row for row in _of_lowest_stage(alone, "lift") if row["refresh_seconds"]]
     refresh = None
     if lift:
@@ -125,8 +130,8 @@ def calibrate(rows: Sequence[Row], sizes: Sizes) -> Calibration | None:
         if row["method"] == PROBE:
             probes.setdefault((row["nodes"], row["ranks"], row["link"]), []).append(row)
     return Calibration(
-        tflops=1e-12 * count / (_median(full, "forward_seconds") + _median(full, "backward_seconds")),
-        bandwidth_gb=1e-9 * moved / _median(full, "optimizer_seconds"),
+        tflops=1e-12 * count / products,
+        bandwidth_gb=1e-9 * bandwidth,
         refresh_tflops=refresh,
         links={link: _median(of_link, "measured_gbit") / 8 for link, of_link in probes.items()},
         cores=full[0]["cores"] if full[0]["device"] == "cpu" else None,
