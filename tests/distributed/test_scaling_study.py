@@ -85,7 +85,8 @@ def test_a_killed_study_leaves_no_process(tmp_path: Path) -> None:
     running = study(tmp_path, "--ranks", "2", "--methods", "full")
     deadline = time.monotonic() + 60
     while len(processes_of(tmp_path)) < 2:  # a node and a rank
-        assert time.monotonic() < deadline and running.poll() is None
+        assert time.monotonic() < deadline
+        assert running.poll() is None
         time.sleep(0.1)
     running.send_signal(signal.SIGKILL)
     running.communicate(timeout=30)
