@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import shlex
 import shutil
 import statistics
@@ -130,12 +131,14 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: when one is at work there.
     """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--output {folder}: another study is at work there") from None
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise ValueError(f"--output {folder}: another study is at work there") from None
+    finally:
+        os.close(held)
 
 
 def run(args: argparse.Namespace, cells: list[Cell], todo: list[Cell], rows: list[Row], runner: Runner) -> int:

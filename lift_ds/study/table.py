@@ -98,14 +98,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: _text(row[name]) for name in COLUMNS})
+            writer.writerow(
+                {name: row[name] for name in COLUMNS}
+            )  # None as nothing, numbers so that they read the same
     os.replace(partial, path)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return "" if value is None else str(value)
 
 
 def left_to_do(cells: Iterable[Cell], rows: Iterable[Row], retry: bool) -> list[Cell]:

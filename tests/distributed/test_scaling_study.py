@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lift_ds.study.cells import PROBE
-from lift_ds.study.table import OK, read_rows
+from lift_ds.study.table import FAILED, OK, read_rows
 
 pytestmark = pytest.mark.slow  # seven ranks import DeepSpeed
 
@@ -73,11 +73,14 @@ def test_a_tiny_grid_on_real_ranks(tmp_path: Path) -> None:
 
 
 def test_a_failed_cell_is_recorded_and_leaves_no_process(tmp_path: Path) -> None:
-    running = study(tmp_path, "--ranks", "2", "--methods", "full", "--interface", "absent0")
+    running = study(tmp_path, "--ranks", "1", "--methods", "full", "--interface", "absent0")
     said, _ = running.communicate(timeout=LIMIT)
     assert running.returncode == 1, said
     rows = read_rows(tmp_path / "measurements.csv")
-    assert all("--interface absent0" in row["error"] for row in rows)
+    assert [row["status"] for row in rows] == [FAILED]
+    assert "rank 0" in rows[0]["error"]
+    assert "--interface absent0" in rows[0]["error"]
+    assert "--interface absent0" in (tmp_path / "report.md").read_text()
     assert processes_of(tmp_path) == []
 
 
