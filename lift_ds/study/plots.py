@@ -96,7 +96,7 @@ def _links(pyplot: Any, found: Sequence[Summary]) -> Any:
         cell = one.cell
         title = f"{cell.link}\nZeRO-{cell.stage}\n{cell.ranks} ranks, {cell.nodes} nodes\n{cell.scaling}"
         groups.setdefault(title, {})[cell.method] = one
-    figure, axes = pyplot.subplots(figsize=(1.8 * len(groups) + 2.5, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(1.8 * len(groups) + 3.5, 4.5), layout="constrained")
     for offset, method in enumerate(METHODS):
         places = [place + 0.27 * (offset - 1) for place, group in enumerate(groups.values()) if method in group]
         cells = [group[method] for group in groups.values() if method in group]
@@ -110,10 +110,10 @@ def _links(pyplot: Any, found: Sequence[Summary]) -> Any:
                 axes.plot(place, one.predicted, "kx", markersize=7)
             if one.limit:
                 axes.hlines(one.limit, place - 0.12, place + 0.12, color="red")
-            axes.text(place, one.slowest * 1.05, f"{one.seconds:.2f}", ha="center", fontsize=8)
+            axes.text(place, one.slowest * 1.08, f"{one.seconds:.2f}", ha="center", fontsize=8)
     axes.plot([], [], "kx", label="predicted")
     axes.plot([], [], color="red", label="bytes on the wire / rate")
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.set(yscale="log", ylabel="seconds of a step")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     return figure

@@ -268,3 +268,14 @@ def test_a_job_of_slurm_starts_one_task_on_each_node(tmp_path: Path) -> None:
     script = runners.batch_script(job, tmp_path)
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n" in script
     assert '--node "$SLURM_NODEID" --address "$HEAD"' in script
+
+
+def test_the_optimizers_bytes_are_of_the_entries_that_a_rank_updates() -> None:
+    one, two = (
+        predict.setting_of(next(c for c in cells() if (c.method, c.nodes, c.ranks) == ("full", n, n)), "cpu")
+        for n in (1, 2)
+    )
+    assert speed.optimizer_bytes(one) == 2 * speed.optimizer_bytes(two) == 74 * SIZES.managed
+    # Every rank copies all gradients into its buckets and divides them; each entry is copied out twice by one rank.
+    assert (speed.gradient_bytes(one), speed.gradient_bytes(two)) == (16 * SIZES.managed, 12 * SIZES.managed)
+    assert speed.optimizer_bytes(replace(one, offload=True)) == 30 * SIZES.managed
