@@ -7,8 +7,8 @@
     a link                  the rate that was given for it; where none was, what an all-reduce of the same ranks had
 
 On a CPU the ranks of a node share its cores: with more ranks than cores each has that share of the speeds. Collectives
-of gloo run beside nothing (`overlap=False`). Nothing of the cell itself is used, but a run on one rank is compared with
-what it calibrates where its method is full fine-tuning.
+of gloo run beside nothing (`overlap=False`), and its reduce-scatter is an all-reduce. Nothing of the cell itself is
+used, but a run on one rank is compared with what it calibrates where its method is full fine-tuning.
 """
 
 from __future__ import annotations
@@ -182,10 +182,11 @@ def predict(cell: Cell, device: str, hardware: Hardware | None) -> dict[str, Any
     """
     setting, work, sizes = setting_of(cell, device), activations_of(cell), cell.sizes
     sent = speed.network_of_step(setting, work)
+    by_ring = speed.received(sent, cell.ranks)
+    extra = _extra_of_gloo(sent, cell.ranks) if device == "cpu" else 0.0
     # Bytes pass between two nodes as between two ranks of a ring; on one node all ranks' pass through one interface.
-    crossing = speed.received(sent, cell.ranks) * (cell.ranks if cell.nodes == 1 else 1)
     found: dict[str, Any] = {
-        "predicted_wire_bytes": crossing,
+        "predicted_wire_bytes": (by_ring + extra) * (cell.ranks if cell.nodes == 1 else 1),
         "predicted_logical_bytes": float(sum(sent.values())),
         "predicted_peak_bytes": float(peak.peak(setting, work)[1]),
     }
@@ -195,13 +196,20 @@ def predict(cell: Cell, device: str, hardware: Hardware | None) -> dict[str, Any
     if cell.method == "lift":
         refresh = float(max(refresh_work(facts(sizes), lift_config(sizes), cell.ranks, cell.stage).operations))
     time = speed.step_time(setting, work, hardware, cell.nodes, sizes.sequence, _APART, refresh)
+    network = time.network + extra / hardware.link_bytes(cell.nodes)
     return found | {
-        "predicted_step_seconds": time.compute + time.network + time.optimizer,
+        "predicted_step_seconds": time.compute + network + time.optimizer,
         "predicted_compute_seconds": time.compute,
-        "predicted_network_seconds": time.network,
+        "predicted_network_seconds": network,
         "predicted_optimizer_seconds": time.optimizer,
         "predicted_refresh_seconds": time.refresh if cell.method == "lift" else None,
     }
+
+
+def _extra_of_gloo(sent: dict[str, float], ranks: int) -> float:
+    """Bytes a rank receives beyond a ring's: torch's gloo makes a reduce-scatter of an all-reduce, twice the bytes."""
+    size = sent.get("reduce_scatter", 0.0)
+    return speed.received({"all_reduce": size}, ranks) - speed.received({"reduce_scatter": size}, ranks)
 
 
 def add_predictions(rows: Sequence[Row], say: Callable[[str], None]) -> None:

@@ -279,3 +279,9 @@ def test_the_optimizers_bytes_are_of_the_entries_that_a_rank_updates() -> None:
     # Every rank copies all gradients into its buckets and divides them; each entry is copied out twice by one rank.
     assert (speed.gradient_bytes(one), speed.gradient_bytes(two)) == (16 * SIZES.managed, 12 * SIZES.managed)
     assert speed.optimizer_bytes(replace(one, offload=True)) == 30 * SIZES.managed
+
+
+def test_gloo_sends_a_reduce_scatter_twice() -> None:
+    cell = next(cell for cell in cells(stages=(3,)) if (cell.method, cell.nodes, cell.ranks) == ("full", 2, 2))
+    twice, once = (predict.predict(cell, device, None)["predicted_wire_bytes"] for device in ("cpu", "H100"))
+    assert twice - once == pytest.approx(SIZES.managed)  # half of 2 bytes an entry
