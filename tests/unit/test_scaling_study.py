@@ -131,9 +131,12 @@ def test_rows_go_through_the_csv(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "rows.csv"
     assert read_rows(path) == []
     failed = row_of(cells()[1]) | {"status": FAILED, "error": 'it said "no", twice,\nand ended'}
-    rows = [measured(cells()[0], 0.123456789, wire_bytes_sent=123456789.0), failed]
+    rows = [measured(cells()[0], 0.123456789, wire_bytes_sent=123456789.0, peak_bytes=3), failed]
     write_rows(path, rows)
     assert read_rows(path) == rows
+    text = path.read_text()
+    write_rows(path, read_rows(path))
+    assert path.read_text() == text
     assert cell_of(read_rows(path)[0]) == cells()[0]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns are not those of a study"):
