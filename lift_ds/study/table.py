@@ -98,9 +98,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow(
-                {name: row[name] for name in COLUMNS}
-            )  # None as nothing, numbers so that they read the same
+            # A number is written as it reads, so that a table that is read and written stays the same.
+            writer.writerow({name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] is not None})
     os.replace(partial, path)
 
 
