@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
-from counting import Ledger
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
@@ -30,6 +29,7 @@ from lift_ds.planner.formulas import GRADIENTS, Setting, persistent
 from lift_ds.planner.models import facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh import refresh_work
+from lift_ds.study.counting import Ledger
 
 #: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
 TOLERANCE = 0.05

@@ -31,15 +31,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
-from counting import Ledger, Window, bytes_by_category, walk_storages
 from holdings import categories, sizes
-from llamas import build_llama, dense_engine, lora_rank
 
 import lift_ds
 from lift_ds.layers import HOST_TILE_ENTRIES
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 from lift_ds.planner.peak import Activations, peak
+from lift_ds.study.counting import Ledger, Window, bytes_by_category, walk_storages
+from lift_ds.study.llamas import build_llama, dense_engine, lora_rank
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
 import torch.distributed as dist
-from counting import Ledger
 from torch import Tensor, nn
 
 import lift_ds
 from lift_ds.selection import selection_cost
+from lift_ds.study.counting import Ledger
 
 #: Wall time on two ranks against one; weight bytes a rank receives against an N-th of the model.
 TIME_BUDGET, BYTES_BUDGET = 0.65, 1.2

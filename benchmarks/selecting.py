@@ -24,13 +24,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from counting import allocated_peak
 from records import Record
 from spectra import perturbed
 from torch import Tensor
 
 from lift_ds.selection import principal_indices
 from lift_ds.selection.principal import select_principal
+from lift_ds.study.counting import allocated_peak
 
 #: Churn that a matrix is perturbed to have, and the range that will do.
 _CHURN, _CHURN_RANGE = 0.1, (0.05, 0.2)

@@ -26,8 +26,9 @@ if device_named() == "cpu":
 import optimizer_phase
 import torch
 import training_step
-from llamas import matrix_shapes
 from training_step import Case
+
+from lift_ds.study.llamas import matrix_shapes
 
 Record = dict[str, Any]
 

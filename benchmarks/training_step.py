@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llamas import build_llama, dense_engine, lora_rank
+
+from lift_ds.study import llamas
 
 Record = dict[str, Any]
 
@@ -52,7 +53,7 @@ class Case:
 
     def lora_rank(self) -> int:
         """Return the rank of the LoRA that trains nearest to the density."""
-        return lora_rank(self.density, self.hidden, self.intermediate)
+        return llamas.lora_rank(self.density, self.hidden, self.intermediate)
 
 
 def ds_config(case: Case) -> Record:
@@ -75,19 +76,13 @@ def ds_config(case: Case) -> Record:
 
 def build_engine(case: Case) -> Any:
     """Build the engine of a method over a Llama with random weights, the same on every rank."""
-
-    import lift_ds
-
-    model = _build_model(case)
-    if case.method == "lift":
-        # No refresh within the run: benchmarks/refresh.py times those.
-        block = {"density": case.density, "lra_rank": case.lora_rank(), "refresh_interval": 10**6}
-        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
-    return dense_engine(model, case.method, case.lora_rank(), ds_config(case))
+    # No refresh within the run: benchmarks/refresh.py times those.
+    block = {"density": case.density, "lra_rank": case.lora_rank(), "refresh_interval": 10**6}
+    return llamas.build_engine(_build_model(case), case.method, case.lora_rank(), ds_config(case), block)
 
 
 def _build_model(case: Case) -> Any:
-    model: Any = build_llama(
+    model: Any = llamas.build_llama(
         case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence, device=case.device
     )
     if case.checkpointing:

@@ -12,6 +12,15 @@ from lift_ds.planner.formulas import HIGH, LOW, Setting, index_sizes, network_re
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.peak import Activations
 
+#: Bytes read and written for an entry that a rank updates: by Adam alone (gradient, master, moments and value), as
+#: where the optimizer is offloaded; and by DeepSpeed 0.19's step, as counted in the tensors of its operators: gradients
+#: copied to fp32, their norm, the check for overflow, clipping, Adam, values copied to bf16.
+ADAM, STEP = 7 * HIGH + LOW, 74
+
+#: Bytes of an entry's gradient on its way through DeepSpeed's buckets, counted likewise: copied in and divided on every
+#: rank, copied out twice on the rank that updates it.
+BUCKET_IN, BUCKET_OUT = 4 * LOW, 4 * LOW
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -79,8 +88,8 @@ def step_time(
         network     bytes a rank receives / the slowest link. Beside computation, where collectives overlap: ZeRO-3
                     all of it beside forward and backward; ZeRO 0 to 2 gradients and index beside backward, the values
                     after the step beside nothing
-        optimizer   Adam 30 bytes an entry it updates (gradient 2, master, moments and value read and written); LIFT
-                    reads each dW and reads and writes each W once more. Offloaded, Adam runs at the host's speed
+        optimizer   `optimizer_bytes` and `gradient_bytes` / bandwidth of the memory; LIFT reads each dW and reads and
+                    writes each W once more. Offloaded, Adam's bytes alone at the host's bandwidth
         refresh     operations of the rank with most / (fp32 speed * efficiency) + its collectives
 
     Args:
@@ -143,11 +152,24 @@ def _network_seconds(
     return max(0.0, total - late - compute["backward"] - compute["recomputation"]) + late
 
 
+def optimizer_bytes(setting: Setting) -> float:
+    """Bytes that a rank reads and writes in the optimizer's step."""
+    return (ADAM if setting.offload else STEP) * _updated(setting)
+
+
+def gradient_bytes(setting: Setting) -> float:
+    """Bytes that a rank reads and writes while gradients pass through DeepSpeed's buckets."""
+    return BUCKET_IN * setting.total_trained + BUCKET_OUT * _updated(setting)
+
+
+def _updated(setting: Setting) -> float:
+    return setting.total_trained / (setting.ranks if setting.stage else 1)
+
+
 def _optimizer_seconds(setting: Setting, hardware: Hardware) -> float:
-    shard = setting.total_trained / (setting.ranks if setting.stage else 1)
-    adam = (7 * HIGH + LOW) * shard / (1e9 * (hardware.host_gb if setting.offload else hardware.bandwidth_gb))
-    if setting.method != "lift":
-        return adam
-    managed = LOW * setting.managed
-    moved = managed + 2 * managed / (setting.ranks if setting.stage == 3 else 1)
-    return adam + moved / (1e9 * hardware.bandwidth_gb)
+    updating = optimizer_bytes(setting) / (1e9 * (hardware.host_gb if setting.offload else hardware.bandwidth_gb))
+    moved = gradient_bytes(setting)
+    if setting.method == "lift":
+        managed = LOW * setting.managed
+        moved += managed + 2 * managed / (setting.ranks if setting.stage == 3 else 1)
+    return updating + moved / (1e9 * hardware.bandwidth_gb)

@@ -14,10 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from counting import Ledger
-
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import ring_share
+from lift_ds.study.counting import Ledger
 
 ROWS = COLUMNS = 32000
 MANAGED = ROWS * COLUMNS

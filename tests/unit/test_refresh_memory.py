@@ -23,7 +23,7 @@ from lift_ds.selection.topk import RunningTopK, top_k_positions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from counting import allocated_peak
+from lift_ds.study.counting import allocated_peak
 
 SHAPES = [(256, 1024), (1024, 256), (512, 512)]
 

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import optimizer_phase
 import step
-from llamas import matrix_shapes
 from training_step import Case
+
+from lift_ds.study.llamas import matrix_shapes
 
 SHAPES = [(24, 40), (16, 8)]
 

@@ -1,5 +1,5 @@
-"""The Llamas the benchmarks train: their managed matrices, the LoRA of equal size, the model with random weights,
-and the engines that LIFT is compared with."""
+"""The Llamas that benchmarks and studies train: their managed matrices, the LoRA of equal size, the model with random
+weights, and the engine of each method."""
 
 from __future__ import annotations
 
@@ -20,16 +20,13 @@ def lora_rank(density: float, hidden: int, intermediate: int) -> int:
     return max(1, round(density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)))
 
 
-def build_llama(
-    hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int, device: str = "cpu"
-) -> nn.Module:
-    """Build a Llama in bf16, the same on every rank."""
+def llama_config(hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int) -> Any:
+    """Return the transformers configuration of a Llama of these sizes."""
     # Not at the top: DeepSpeed, which transformers imports, first wants to be told of the device.
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
-    torch.manual_seed(1)
     heads = max(1, hidden // (64 if hidden < 4096 else 128))
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -41,8 +38,34 @@ def build_llama(
         tie_word_embeddings=False,
         use_cache=False,
     )
+
+
+def build_llama(
+    hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int, device: str = "cpu"
+) -> nn.Module:
+    """Build a Llama in bf16, the same on every rank."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(1)
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        return LlamaForCausalLM(llama_config(hidden, intermediate, layers, vocabulary, sequence)).to(torch.bfloat16)
+
+
+def build_engine(model: Any, method: str, rank: int, ds_config: dict[str, Any], lift: dict[str, Any]) -> Any:
+    """Build DeepSpeed's engine of a method; embeddings, norms and head are frozen in all of them.
+
+    Args:
+        model: a Llama.
+        method: "full", "lora" or "lift".
+        rank: of the LoRA.
+        ds_config: content of a DeepSpeed file.
+        lift: LIFT's block of it.
+    """
+    if method != "lift":
+        return dense_engine(model, method, rank, ds_config)
+    import lift_ds
+
+    return lift_ds.initialize(model=model, config={**ds_config, "lift": lift})[0]
 
 
 def dense_engine(model: Any, method: str, rank: int, ds_config: dict[str, Any]) -> Any:

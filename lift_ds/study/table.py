@@ -1,0 +1,115 @@
+"""The CSV of a study: a row for each run, added to by every invocation, rewritten whole and at once."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lift_ds.study.cells import Cell, Sizes
+
+#: A row: column -> value; None where nothing was measured, counted or predicted.
+Row = dict[str, Any]
+
+OK, FAILED = "ok", "failed"
+
+#: Column -> kind of its values, in the order of the file.
+COLUMNS: dict[str, type] = {
+    "method": str, "stage": int, "nodes": int, "ranks": int, "link": str, "link_gbit": float, "scaling": str,
+    "hidden": int, "intermediate": int, "layers": int, "vocabulary": int, "sequence": int, "density": float,
+    "batch": int, "tokens_per_rank": int, "managed_parameters": int, "trained_parameters": int, "repetition": int,
+    "status": str, "error": str,
+    "steps": int, "step_seconds": float, "step_seconds_min": float, "step_seconds_max": float,
+    "forward_seconds": float, "backward_seconds": float, "optimizer_seconds": float,
+    "wire_bytes_sent": float, "wire_bytes_received": float, "logical_bytes": float, "ring_bytes": float,
+    "peak_bytes": float, "refresh_seconds": float, "refresh_wire_bytes": float, "measured_gbit": float,
+    "predicted_step_seconds": float, "predicted_compute_seconds": float, "predicted_network_seconds": float,
+    "predicted_optimizer_seconds": float, "predicted_wire_bytes": float, "predicted_logical_bytes": float,
+    "predicted_peak_bytes": float, "predicted_refresh_seconds": float,
+    "device": str, "launcher": str, "cpu": str, "cores": int, "threads_per_rank": int, "load_average": float,
+    "python": str, "torch": str, "deepspeed": str, "transformers": str, "peft": str, "date": str,
+}  # fmt: skip
+
+
+def row_of(cell: Cell) -> Row:
+    """Return the row of a cell that has not run."""
+    row: Row = dict.fromkeys(COLUMNS)
+    sizes = cell.sizes
+    row |= {
+        "method": cell.method, "stage": cell.stage, "nodes": cell.nodes, "ranks": cell.ranks, "link": cell.link,
+        "link_gbit": cell.gbit, "scaling": cell.scaling, "hidden": sizes.hidden, "intermediate": sizes.intermediate,
+        "layers": sizes.layers, "vocabulary": sizes.vocabulary, "sequence": sizes.sequence, "density": sizes.density,
+        "batch": cell.batch, "tokens_per_rank": cell.tokens, "managed_parameters": sizes.managed,
+        "repetition": cell.repetition, "steps": cell.steps,
+    }  # fmt: skip
+    return row
+
+
+def cell_of(row: Row) -> Cell:
+    """Return the cell that a row is a measurement of."""
+    names = ("hidden", "intermediate", "layers", "vocabulary", "sequence", "density")
+    return Cell(
+        method=row["method"],
+        stage=row["stage"],
+        nodes=row["nodes"],
+        ranks=row["ranks"],
+        link=row["link"],
+        scaling=row["scaling"],
+        batch=row["batch"],
+        sizes=Sizes(**{name: row[name] for name in names}),
+        repetition=row["repetition"],
+        gbit=row["link_gbit"],
+        steps=row["steps"],
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a study; none where the file does not exist.
+
+    Raises:
+        ValueError: when it is not the file of a study, or a value cannot be read.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != list(COLUMNS):
+            raise ValueError(f"{path}: its columns are not those of a study; name another folder by --output")
+        return [_read(path, reader.line_num, texts) for texts in reader]
+
+
+def _read(path: Path, line: int, texts: dict[str, str]) -> Row:
+    row: Row = {}
+    for name, kind in COLUMNS.items():
+        try:
+            row[name] = kind(texts[name]) if texts[name] else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {line}: {name}={texts[name]!r} is no {kind.__name__}") from error
+    return row
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write all rows; a reader sees either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            # A number is written as it reads, so that a table that is read and written stays the same.
+            writer.writerow({name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] is not None})
+    os.replace(partial, path)
+
+
+def left_to_do(cells: Iterable[Cell], rows: Iterable[Row], retry: bool) -> list[Cell]:
+    """Return the cells that have no row yet; with `retry` also those whose run failed."""
+    done = {cell_of(row).key for row in rows if row["status"] == OK or not retry}
+    return [cell for cell in cells if cell.key not in done]
+
+
+def with_row(rows: Iterable[Row], new: Row) -> list[Row]:
+    """Return the rows with a new one, which takes the place of an earlier one of the same cell."""
+    key = cell_of(new).key
+    return [row for row in rows if cell_of(row).key != key] + [new]

@@ -1,0 +1,243 @@
+"""One rank of a cell: trains some steps, times them, counts bytes; rank 0 writes what all ranks found.
+
+    counted     in the first repetition the engine is built and steps twice under a `Ledger`: logical bytes, peak
+    warm-up     steps that nobody times
+    timed       each step between two barriers; a step takes as long as on the slowest rank
+    refresh     one step of LIFT that ends with a refresh
+
+Bytes on the wire are those that /proc/net/dev counts on an interface from before the first timed step until after the
+last: of every process of the node, with the headers of the packets, and the barriers between the steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import signal
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from lift_ds.ranks import from_all
+from lift_ds.study.cells import PROBE, Cell
+from lift_ds.study.counting import Ledger
+from lift_ds.study.job import RESULT, Job, read_job
+from lift_ds.study.llamas import build_engine, build_llama
+from lift_ds.study.node import write_whole
+from lift_ds.study.surroundings import surroundings
+from lift_ds.training.shared_memory import unlink_shared_memory
+
+Record = dict[str, Any]
+
+#: Steps after those that are counted, before those that are timed.
+_WARM_UP = 2
+#: Steps under the ledger; the last is counted. In the first DeepSpeed and Adam make their states.
+_COUNTED = 2
+#: All-reduces of a probe, and the most bytes of one.
+_PROBES, _PROBE_BYTES = 5, 2**25
+
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+
+
+def ds_config(cell: Cell) -> Record:
+    """Return the DeepSpeed configuration of every method; ZeRO-3 lets go of a layer after its use.
+
+    With DeepSpeed's own thresholds a small model would stay gathered from forward to backward.
+    """
+    zero: Record = {
+        "stage": cell.stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": cell.sizes.bucket,
+        "allgather_bucket_size": cell.sizes.bucket,
+    }
+    if cell.stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+    return {
+        "train_micro_batch_size_per_gpu": cell.batch,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+
+
+class Worker:
+    """This rank.
+
+    Args:
+        job: what to run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._cell, self._interface = job.cell, job.interface
+        self._device = torch.device(job.device, int(os.environ["LOCAL_RANK"]) * (job.device == "cuda"))
+        self._generator = torch.Generator().manual_seed(dist.get_rank())
+        self._ledger = Ledger(job.cell.ranks)
+        self._engine: Any = None
+
+    def train(self) -> Record:
+        """Build the engine, train and measure."""
+        cell = self._cell
+        counting = cell.repetition == 0
+        found: Record = {}
+        with self._ledger if counting else nullcontext():
+            self._engine = self._build(refresh_after=_COUNTED * counting + _WARM_UP + cell.steps + 1)
+            if counting:
+                found |= self._count()
+        for _ in range(_WARM_UP):
+            self._step()
+        before = self._wire()
+        timed = [self._step() for _ in range(cell.steps)]
+        dist.barrier()
+        sent, received = self._since(before, cell.steps)
+        found |= {
+            "seconds": [max(totals) for totals in zip(*from_all([sum(parts) for parts in timed]), strict=True)],
+            "phases": [statistics.median(phase) for phase in zip(*timed, strict=True)],
+            "wire_sent": sent,
+            "wire_received": received,
+            "trained": sum(getattr(p, "ds_numel", p.numel()) for p in self._engine.parameters() if p.requires_grad),
+        }
+        if self._device.type == "cuda":
+            found["peak_bytes"] = max(from_all(torch.cuda.max_memory_allocated()))
+        if cell.method == "lift":
+            before = self._wire()
+            self._step()
+            dist.barrier()
+            found["refresh_seconds"] = max(from_all(self._engine.optimizer.driver.reports[-1].seconds))
+            found["refresh_wire"] = self._since(before, 1)[0] - sent
+        return found
+
+    def probe(self) -> Record:
+        """Time all-reduces of as many bytes as the gradients of the model have, within limits."""
+        size = min(2 * self._cell.sizes.managed, _PROBE_BYTES)
+        payload = torch.zeros(size // 2, dtype=torch.bfloat16, device=self._device)
+        seconds = []
+        dist.all_reduce(payload)
+        before = self._wire()
+        for _ in range(_PROBES):
+            dist.barrier()
+            start = self._now()
+            dist.all_reduce(payload)
+            seconds.append(self._now() - start)
+        dist.barrier()
+        sent, received = self._since(before, _PROBES)
+        seconds = [max(times) for times in zip(*from_all(seconds), strict=True)]
+        crossing = 2 * (self._cell.ranks - 1) / self._cell.ranks * size
+        return {
+            "seconds": seconds, "wire_sent": sent, "wire_received": received,
+            "measured_gbit": 8e-9 * crossing / statistics.median(seconds),
+        }  # fmt: skip
+
+    def _build(self, refresh_after: int) -> Any:
+        cell, sizes = self._cell, self._cell.sizes
+        model = build_llama(
+            sizes.hidden, sizes.intermediate, sizes.layers, sizes.vocabulary, sizes.sequence, str(self._device)
+        )
+        block = {"density": sizes.density, "lra_rank": sizes.lora_rank, "refresh_interval": refresh_after}
+        return build_engine(model, cell.method, sizes.lora_rank, ds_config(cell), block)
+
+    def _count(self) -> Record:
+        for _ in range(_COUNTED - 1):
+            self._step()
+        with self._ledger.window() as window:
+            self._step()
+        return {
+            "logical_bytes": float(sum(window.logical.values())),
+            "ring_bytes": statistics.mean(from_all(float(sum(window.received.values())))),
+            "peak_bytes": max(from_all(window.start_bytes + window.peak_bytes)),
+        }
+
+    def _step(self) -> list[float]:
+        """One optimizer step; returns the seconds of forward, backward and the rest."""
+        cell = self._cell
+        shape = (cell.batch, cell.sizes.sequence)
+        tokens = torch.randint(0, cell.sizes.vocabulary, shape, generator=self._generator).to(self._device)
+        dist.barrier()
+        marks = [self._now()]
+        loss = self._engine(input_ids=tokens, labels=tokens).loss
+        marks.append(self._now())
+        self._engine.backward(loss)
+        marks.append(self._now())
+        self._engine.step()
+        marks.append(self._now())
+        return [stop - start for start, stop in itertools.pairwise(marks)]
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _wire(self) -> tuple[int, int]:
+        """Wait for all ranks; then return the bytes that this node has sent and received so far."""
+        dist.barrier()
+        return interface_bytes(self._interface)
+
+    def _since(self, before: tuple[int, int], steps: int) -> tuple[float, float]:
+        """Bytes a step that a node sent and received since, the mean over the nodes."""
+        now = interface_bytes(self._interface)
+        mine = [(after - earlier) / steps for earlier, after in zip(before, now, strict=True)]
+        nodes = from_all(mine)[:: self._cell.ranks // self._cell.nodes]
+        return statistics.mean(sent for sent, _ in nodes), statistics.mean(received for _, received in nodes)
+
+
+def interface_bytes(name: str) -> tuple[int, int]:
+    """Return the bytes that an interface has sent and received since it is up.
+
+    Raises:
+        ValueError: when this node has no such interface.
+    """
+    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
+    counts = {head.strip(): rest.split() for head, _, rest in (line.partition(":") for line in lines)}
+    if name not in counts:
+        raise ValueError(f"--interface {name}: {os.uname().nodename} has only {', '.join(sorted(counts))}")
+    return int(counts[name][8]), int(counts[name][0])
+
+
+def run(folder: Path) -> None:
+    """Run this rank of a job; all its ranks call."""
+    job = read_job(folder)
+    interface_bytes(job.interface)
+    load = os.getloadavg()[0]
+    torch.set_num_threads(job.threads)
+    if job.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        "nccl" if job.device == "cuda" else "gloo",
+        timeout=timedelta(seconds=job.limit),
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    unlink_shared_memory()
+    worker = Worker(job)
+    result = worker.probe() if job.cell.method == PROBE else worker.train()
+    if dist.get_rank() == 0:
+        around = surroundings(("deepspeed", "transformers", "peft"))
+        device = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
+        write_whole(folder / RESULT, {**result, **around, "device": device, "load_average": load})
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)  # nobody else would end it where its node is killed
+    try:
+        run(Path(sys.argv[1]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo outlive the process group
