@@ -90,9 +90,10 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     partitioned = setting.stage == 3
     gradients = 0.0 if partitioned else _gradients_in_backward(setting)
     whole_index = 0.0 if partitioned else _gathered_index(setting)
-    kept_weights = LOW * setting.kept * partitioned
+    others = partitioned and setting.ranks > 1  # a single rank has all weights anyway
+    kept_weights = LOW * setting.kept * others
     fetched = setting.managed / work.layers if work.checkpointing else max(m * n for m, n in setting.shapes)
-    gathered = max(kept_weights, LOW * fetched * partitioned)
+    gathered = max(kept_weights, LOW * fetched * others)
     in_flight = LOW * work.tokens * (2 * work.hidden + work.intermediate)
     layer = saved_by_layer(work)
     kept = gradients if work.accumulation > 1 else 0.0
