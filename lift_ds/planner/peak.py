@@ -71,8 +71,8 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
                                 last norm's backward, 5 * 4 h t; or in forward 6 i + 4 h a token within a layer,
                                 LoRA 8 i + 4 h
         backward, last layer    saved by the model; with checkpointing that layer's once more; 2 (2 h + i) a token in
-                                flight; one dW or its tile; two reduce buckets, in ZeRO-3 one more; there also the
-                                weights it keeps or fetches: a matrix, with checkpointing a layer
+                                flight; one dW or its tile; two reduce buckets, in ZeRO-3 at most one; there also
+                                the weights it keeps or fetches: a matrix, with checkpointing a layer
         backward, first layer   what one layer saves, and the same; all gradients; the whole index in ZeRO-1/2
         step                    K/N gradients: as they are, joined (ZeRO-1, 2) and in fp32, 2 + 2 + 4; the whole index;
                                 or in ZeRO-3 what LIFT writes back at a time, 2 of θ and 2 of the index
@@ -98,7 +98,9 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     layer = saved_by_layer(work)
     kept = gradients if work.accumulation > 1 else 0.0
     own = layer if work.checkpointing else 0
-    buckets = LOW * setting.bucket * (0, 2, 2, 1)[setting.stage]  # ZeRO-3 holds one all the time
+    buckets = 2 * LOW * setting.bucket * (setting.stage > 0)
+    if partitioned:  # which holds one all the time; beside it gradients wait to be reduced
+        buckets = LOW * min(setting.bucket, setting.total_trained)
     at_layer = in_flight + _weight_gradient(setting) + buckets + gathered
     head = work.tokens * max(3 * HIGH * work.vocabulary, 5 * HIGH * work.hidden)
     forward = work.tokens * ((6 + LOW * bool(work.adapters)) * work.intermediate + 4 * work.hidden)
