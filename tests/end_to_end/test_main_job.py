@@ -7,12 +7,14 @@ LIFT is active; the weights because a step may change no weight outside the prin
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from launches import CONFIGS, Finished, finish, on_two_ranks
+from launches import CONFIGS, TRAIN, Finished, finish, on_two_ranks
 from saved import generate, is_managed, load_like
 from torch import Tensor
 
@@ -105,3 +107,15 @@ def test_the_largest_entries_of_the_approximation_are_trained(bare: BareRun) -> 
         changed = (bare.after[name] != before).flatten()[chosen]
         # An entry whose gradient is zero or whose updates cancel stays; the solvers may differ in an entry of 10,000.
         assert changed.float().mean() > 0.99, name
+
+
+def test_a_finished_run_runs_its_exit_handlers_and_keeps_its_code() -> None:
+    code = (
+        "import atexit, runpy\n"
+        f"train = runpy.run_path({str(TRAIN)!r})\n"
+        "atexit.register(print, 'handled')\n"
+        "train['end'](3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 3
+    assert ended.stdout.endswith("handled\n")
