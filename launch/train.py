@@ -108,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(job)
         return 0
     except SaveError as error:
-        leave(report(error) if watch.is_lost_rank(error) else refuse(error, UNSAVED))
+        if not watch.is_lost_rank(error):
+            leave(refuse(error, UNSAVED))
+        leave_first_word_to_rank_0()  # which may be gone because it could not save
+        leave(report(error))
     except KeyboardInterrupt:
         if is_main_rank():
             print("interrupted", file=sys.stderr)
@@ -295,13 +298,17 @@ def leave(code: int) -> NoReturn:
 def refuse(error: Exception, code: int = REFUSED) -> int:
     """Say what is wrong, once; give the exit code.
 
-    The launcher ends all ranks with the first that ends, so the others leave the first word to rank 0. One that
-    is still there after a while met an error of its own, and says so.
+    One that is still there after rank 0 had the first word met an error of its own, and says so.
     """
-    if not is_main_rank():
-        time.sleep(_GRACE)
+    leave_first_word_to_rank_0()
     print(f"error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def leave_first_word_to_rank_0() -> None:
+    """Wait on the other ranks: the launcher ends all of them with the first that ends."""
+    if not is_main_rank():
+        time.sleep(_GRACE)
 
 
 def speak_on_one_rank() -> None:
