@@ -57,7 +57,6 @@ footprint: $(STAMP)
 	$(BIN)/python benchmarks/refresh_ranks.py
 
 speed: $(STAMP)
-	$(PIP) --no-build-isolation --editable '.[benchmarks]'
 	$(BIN)/python benchmarks/refresh.py
 	$(BIN)/python benchmarks/step.py
 

@@ -1,6 +1,6 @@
 """One decoder layer of Llama-2-70B's shapes (8192, 28672), trained and refreshed on this machine within its plan.
 
-    python benchmarks/decoder_layer.py                    # about ten minutes and 8 GB
+    python benchmarks/decoder_layer.py                    # 15 minutes beside other work
     python benchmarks/decoder_layer.py --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
 
 Real DeepSpeed, ZeRO-2, one rank, bf16, activation checkpointing, LIFT by the paper's settings; random weights. Every

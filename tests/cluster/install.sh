@@ -25,4 +25,4 @@ if [ ${#packages[@]} != 0 ]; then
   apt-get -qq install --yes --no-install-recommends "${packages[@]}" > /dev/null || echo "apt-get failed" >&2
 fi
 "$1/python" -c 'from mpi4py import MPI' 2> /dev/null ||
-  "$1/pip" install --quiet --disable-pip-version-check 'mpi4py>=4.0' || echo "mpi4py could not be installed" >&2
+  "$1/pip" install --quiet --disable-pip-version-check --constraint "$(dirname "$0")/../../constraints.txt" 'mpi4py>=4.0' || echo "mpi4py could not be installed" >&2
