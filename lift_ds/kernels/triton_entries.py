@@ -7,6 +7,7 @@ gradient, and the host waits for nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,23 +21,28 @@ from lift_ds.selection.encoding import CompactIndex
 _CHUNK = 256
 
 
-@triton.jit(do_not_specialize=["first_row", "start", "stop"])
-def _copy_entries(
-    piece: Any,
-    values: Any,
-    columns: Any,
-    starts: Any,
-    first_row: Any,
-    start: Any,
-    stop: Any,
-    row_length: Any,
-    grid_columns: Any,
+# Compiled once for each pair of dtypes, block shape, form of the index and direction: an entry stands anywhere in its
+# row, so that knowing how sizes and addresses are aligned would save nothing.
+@triton.jit(
+    do_not_specialize=["first_row", "start", "stop", "row_length", "grid_columns"],
+    do_not_specialize_on_alignment=["piece", "values", "columns", "starts"],
+)
+def copy_entries(  # type: ignore[no-untyped-def]  # Triton reads annotations, and knows none of Python's types
+    piece,
+    values,
+    columns,
+    starts,
+    first_row,
+    start,
+    stop,
+    row_length,
+    grid_columns,
     P: tl.constexpr,
     Q: tl.constexpr,
     WIDE: tl.constexpr,
     GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
-) -> None:
+):
     """Copy the entries of one row of the matrix between `piece` and `values`.
 
     Args:
@@ -75,6 +81,21 @@ def _copy_entries(
             tl.store(piece + (position - start), value.to(piece.dtype.element_ty), mask=inside)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One call of `copy_entries`.
+
+    Args:
+        programs: how many run; a row of the matrix each.
+        arguments: by position.
+        constants: by name; the kernel is compiled for each of their values.
+    """
+
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 class TritonEntries:
     """The principal entries of one matrix on a CUDA device; see `lift_ds.kernels.Entries`.
 
@@ -98,15 +119,29 @@ class TritonEntries:
         """See `lift_ds.kernels.Entries.put`."""
         self._copy(piece, start, values, gather=False)
 
-    def _copy(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> None:
+    def launch(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> Launch:
+        """Return how the kernel is called for a piece: what a launch and a compilation ahead of time have in common.
+
+        Args:
+            piece: as in `gather`.
+            start: as in `gather`.
+            values: [k].
+            gather: from piece to values; else from values to piece.
+        """
         assert piece.is_contiguous(), "a piece is a range of flat positions"
         assert values.is_contiguous(), "the values stand in the order of the index"
         n, (p, q), stop = self._layout.columns, self._layout.block_shape, start + piece.numel()
         rows = range(start // n, -(-stop // n))
-        if not rows:
-            return
-        with torch.cuda.device_of(piece):  # triton launches on the current device
-            _copy_entries[(len(rows),)](
+        return Launch(
+            programs=len(rows),
+            arguments=(
                 piece, values, self._columns, self._starts, rows.start, start, stop, n, self._layout.grid[1],
-                P=p, Q=q, WIDE=self._layout.wide, GATHER=gather, CHUNK=_CHUNK,
-            )  # fmt: skip
+            ),
+            constants={"P": p, "Q": q, "WIDE": self._layout.wide, "GATHER": gather, "CHUNK": _CHUNK},
+        )  # fmt: skip
+
+    def _copy(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> None:
+        launch = self.launch(piece, start, values, gather=gather)
+        if launch.programs:
+            with torch.cuda.device_of(piece):  # triton launches on the current device
+                copy_entries[(launch.programs,)](*launch.arguments, **launch.constants)
