@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,14 +196,54 @@ class Driver:
         Afterwards W holds the trained values on every rank, and the selection is that of the schedule.
         """
         self.attachment.confirm_gradients()
-        self.store.write_back(list(self.attachment.layers.values()))
         steps = self.applied_steps + 1
+        due = self.plan.due(steps)
+        names = set(itertools.chain.from_iterable(due or ()))
+        self.store.write_back([layer for name, layer in self.attachment.layers.items() if name not in names])
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
-        due = self.plan.due(steps)
         if due is not None:
             with watch.during(f"refresh at step {steps}"):
+                self._require_equal(names, write_first=True)
                 self._refresh(steps, due)
+        self.store.release()
+
+    def check_state(self) -> None:
+        """Check that optimizer and weights agree, as after loading a checkpoint; all ranks call.
+
+        Raises:
+            RuntimeError: as `_require_equal`; nothing was changed.
+        """
+        self._require_equal(set(self.attachment.layers), write_first=False)
+        self.store.release()
+
+    def _require_equal(self, names: Collection[str], *, write_first: bool) -> None:
+        """Check that the weights at the principal entries are the master values, rounded to the weights' dtype.
+
+        What the optimizer's state is read from is DeepSpeed's business, and it may be another one's.
+
+        Args:
+            names: of the matrices to look at.
+            write_first: write them back before, in the same pass.
+
+        Raises:
+            RuntimeError: on every rank, when they differ in a matrix, or a part of its state is missing; names it.
+        """
+        layers = {name: layer for name, layer in self.attachment.layers.items() if name in names}
+        counts = self.store.compare(list(layers.values()), write_first=write_first).tolist()
+        wrong = []
+        for (name, layer), (differing, found) in zip(layers.items(), counts, strict=True):
+            if found != layer.entries():
+                wrong.append(f"{name} (the state has {found:,} of its {layer.entries():,} entries)")
+            elif differing:
+                wrong.append(f"{name} (at {differing:,} of {found:,} entries)")
+        if wrong:
+            raise RuntimeError(
+                f"the optimizer's master values are not the trained weights in {len(wrong)} of {len(layers)} matrices, "
+                f"the first of them {wrong[0]}. Nothing was selected and nothing saved. Either another program has "
+                "changed weights or state, or an option of DeepSpeed keeps the state in a way that LIFT does not know: "
+                "leave that option out and continue from the last checkpoint"
+            )
 
     def step_skipped(self) -> None:
         """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""

@@ -71,6 +71,17 @@ class PrincipalStore(Protocol):
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         """W.flat[I] = θ, wherever W lives."""
 
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        """Compare the weights at I with the master values, in the dtype of the weights; nothing is changed.
+
+        Args:
+            layers: to compare in.
+            write_first: write back before, in the same pass.
+
+        Returns:
+            int64 [len(layers), 2], the same on every rank: how many entries differ, how many master values were found.
+        """
+
     def release(self) -> None:
         """Let go of what was kept whole from a backward to its step."""
 
@@ -134,6 +145,15 @@ class DenseStore:
         for layer in layers:
             put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
 
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        if write_first:
+            self.write_back(layers)
+        counts = []
+        for layer in layers:
+            held = weights_at(layer.weight, layer.principal.index.compact())
+            counts.append((differences(held, self.master(layer)), layer.entries()))
+        return torch.tensor(counts)
+
     def release(self) -> None:
         pass
 
@@ -141,3 +161,22 @@ class DenseStore:
 def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:
     """W.flat[I] = θ, in place; a contiguous weight [m, n], its whole index, values [k] of any floating dtype."""
     entries_of(index).put(weight.detach().view(-1), 0, values.detach())
+
+
+@torch.no_grad()
+def weights_at(weight: Tensor, index: CompactIndex) -> Tensor:
+    """Return W.flat[I] [k], in the dtype of a contiguous weight [m, n]; its index is whole."""
+    values = weight.new_empty(index.layout.entries)
+    entries_of(index).gather(weight.detach().view(-1), 0, values)
+    return values
+
+
+def differences(weights: Tensor, master: Tensor) -> Tensor:
+    """Count the weights that are not their master values, rounded to the dtype of the weights; NaN equals NaN.
+
+    Args:
+        weights: any floating dtype.
+        master: of the same shape, on any device.
+    """
+    rounded = master.detach().to(weights.device, weights.dtype)
+    return ((weights != rounded) & ~(weights.isnan() & rounded.isnan())).count_nonzero()

@@ -64,6 +64,7 @@ class LiftCallback(WatchedSaves):
         self._driver = bind(model, optimizer)
         if state.global_step > 0:
             subspaces.restore(model, self._resumed or _checkpoint(args, state))
+            self._driver.check_state()
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()

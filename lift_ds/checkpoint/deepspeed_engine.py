@@ -95,6 +95,7 @@ def _loader(load: Any) -> Any:
             restore_states(self.optimizer, folder)
         if universal:
             restore(self.module, self.optimizer, folder)
+        self.optimizer.driver.check_state()
         return result
 
     return load_checkpoint

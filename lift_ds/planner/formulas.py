@@ -227,7 +227,7 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         weights to their owner    -                       2             gather
         new index                 the index               the index     broadcast by the owner
         new weights there         -                       2 d           broadcast by the owner
-        old index                 it, where sharded       the index     all_gather
+        old index                 -                       the index     all_gather
         old state                 3 * 4 d all_reduce      3 * 4 d       all_gather
 
     Args:
@@ -241,12 +241,9 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         return {}
     trained, index = setting.total_trained, sum(index_sizes(setting))
     states = 3.0 * HIGH * trained
-    gathered = float(setting.share(index_sizes(setting)) * setting.ranks)
     if setting.stage < 3:
-        found = {"broadcast": float(index), "all_reduce": states}
-        if setting.placement == "sharded" and setting.ranks > 1:
-            found["all_gather"] = gathered
-        return found
+        return {"broadcast": float(index), "all_reduce": states}
+    gathered = float(setting.share(index_sizes(setting)) * setting.ranks)
     found = {"broadcast": float(index + LOW * trained), "all_gather": states + gathered}
     if setting.ranks > 1:
         found["gather"] = float(LOW * setting.managed)

@@ -25,6 +25,7 @@ from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver
 from lift_ds.store import PrincipalStore
+from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
@@ -78,6 +79,8 @@ def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> Princi
         _refuse_second_copies(wrapper)
         return _partitioned_parameters(wrapper, model)
     if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        if getattr(wrapper, "round_robin_gradients", False):
+            link_in_flat_order(wrapper)
         return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         return MasterCopyStore(wrapper)

@@ -158,3 +158,19 @@ def put_values_in_shard(weight: Any, index: CompactIndex, values: Tensor) -> Non
         entries_of(index.to(shard.device)).put(shard[: stop - start], start, values.to(shard.device))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         entries_of(index).put(weight.view(-1), 0, values)
+
+
+@torch.no_grad()
+def weights_in_shard(weight: Any, index: CompactIndex, elsewhere: Tensor) -> Tensor:
+    """Return W.flat[I] [k] where I points into this rank's shard of W, and other values elsewhere; no collective runs.
+
+    Args:
+        weight: partitioned [m, n].
+        index: whole.
+        elsewhere: whole [k], for the entries in other ranks' shards.
+    """
+    start, stop = shard_range(weight)
+    with shard_in_memory(weight, write=False) as shard:
+        found = elsewhere.to(shard.device, copy=True)
+        entries_of(index.to(shard.device)).gather(shard[: stop - start], start, found)
+    return found.to(elsewhere.device)

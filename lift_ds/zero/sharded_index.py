@@ -58,12 +58,14 @@ class ShardedIndex:
 
     @contextmanager
     def whole(self, index: PrincipalIndex) -> Iterator[None]:
-        """Make one index whole on every rank within the context (one all-gather, unless it is)."""
+        """Make one index whole on every rank within the context (one all-gather, unless it is whole already)."""
+        was_whole = bool(index.words.numel())
         self.fetch(index)
         try:
             yield
         finally:
-            self.release(index)
+            if not was_whole:
+                self.release(index)
 
     def fetch(self, index: PrincipalIndex) -> None:
         """Make an index whole on every rank; one all-gather, none if it is whole or on its way."""

@@ -20,6 +20,7 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -29,8 +30,16 @@ from torch import Tensor
 
 from lift_ds.layers import PrincipalLayer
 from lift_ds.selection import PrincipalState
-from lift_ds.store import DenseStore, Selection, put_values
-from lift_ds.zero.partitioned import assign, gathered, gathered_to, own_part, put_values_in_shard
+from lift_ds.store import DenseStore, Selection, differences, put_values, weights_at
+from lift_ds.zero.partitioned import (
+    assign,
+    gathered,
+    gathered_to,
+    own_part,
+    put_values_in_shard,
+    shard_range,
+    weights_in_shard,
+)
 from lift_ds.zero.sharded_index import ShardedIndex
 
 #: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
@@ -79,6 +88,13 @@ class _RankedStore:
         if failed.numel():
             raise ValueError(self._text_of(failure, int(failed[0])))
         return everyone[:, 1:].tolist()
+
+    def _total(self, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
+        """Add up the counts of all ranks, int64 [len(counts), 2]; one all-reduce."""
+        device = get_accelerator().current_device_name()
+        total = torch.tensor([[int(differing), found] for differing, found in counts], device=device)
+        comm.all_reduce(total, group=self._group)
+        return total.cpu()
 
     def _text_of(self, failure: str, rank: int) -> str:
         text = [failure]
@@ -157,7 +173,18 @@ class PartitionedStateStore(_RankedStore):
         for layer in layers:
             with self.whole_index(layer):
                 put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
-        self.release()
+
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        return self._total([self._compared(layer, write_first) for layer in layers])
+
+    def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
+        """Count in the part of the master values that this rank holds."""
+        with self.whole_index(layer):
+            index = layer.principal.index.compact()
+            if write_first:
+                put_values(layer.weight, index, layer.principal_values)
+            own, master = _own_fragment(layer.principal_values)
+            return differences(weights_at(layer.weight, index)[own], master), master.numel()
 
     def release(self) -> None:
         if self._index is not None:
@@ -214,14 +241,32 @@ class PartitionedParameterStore(_RankedStore):
         assign(layer.principal.index.words, words)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
-        for batch in _batches(layers, WRITE_BACK_BATCH):
-            principal = [layer.principal for layer in batch]
-            with gathered([p for one in principal for p in (one.values, one.index.words)]):
-                for layer in batch:
-                    put_values_in_shard(layer.weight, layer.principal.index.compact(), layer.principal_values.detach())
+        for layer in _whole_in_batches(layers):
+            put_values_in_shard(layer.weight, layer.principal.index.compact(), layer.principal_values.detach())
+
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        return self._total([self._compared(layer, write_first) for layer in _whole_in_batches(layers)])
+
+    def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
+        """Count where this rank's shard of W is not θ, and where θ is not this rank's part of the master values."""
+        index, values = layer.principal.index.compact(), layer.principal_values.detach()
+        if write_first:
+            put_values_in_shard(layer.weight, index, values)
+        start, stop = shard_range(layer.principal_values)
+        master = _own_master(layer.principal_values)[: stop - start]
+        unwritten = differences(values, weights_in_shard(layer.weight, index, values))
+        return unwritten + differences(values[start:stop], master), stop - start
 
     def release(self) -> None:
         pass
+
+
+def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLayer]:
+    """Yield layers whose θ and I are whole meanwhile; one all-gather for each batch of them."""
+    for batch in _batches(layers, WRITE_BACK_BATCH):
+        principal = [layer.principal for layer in batch]
+        with gathered([p for one in principal for p in (one.values, one.index.words)]):
+            yield from batch
 
 
 def _batches(layers: Sequence[PrincipalLayer], limit: int) -> Iterator[list[PrincipalLayer]]:
@@ -245,13 +290,20 @@ def _read_fragments(values: Any) -> PrincipalState:
         values: θ [k], linked by DeepSpeed to the fragment of its flat group that this rank holds, if any.
     """
     whole = torch.zeros(3, values.numel(), dtype=torch.float32, device=values.device)
-    held = values._hp_mapping
-    if held is not None:
-        own = slice(held.lp_fragment_address.start, held.lp_fragment_address.start + held.lp_fragment_address.numel)
-        for row, key in enumerate((None, "exp_avg", "exp_avg_sq")):
-            whole[row, own].copy_(held.get_hp_fragment(key))
+    for row, key in enumerate((None, "exp_avg", "exp_avg_sq")):
+        own, fragment = _own_fragment(values, key)
+        whole[row, own].copy_(fragment)
     comm.all_reduce(whole, group=values._dp_group)
     return PrincipalState(*whole)
+
+
+def _own_fragment(values: Any, key: str | None = None) -> tuple[slice, Tensor]:
+    """Return the part of the master values, or of a moment, that this rank holds: which of the k, and the fragment."""
+    held = values._hp_mapping
+    if held is None:
+        return slice(0, 0), values.new_empty(0)
+    start = held.lp_fragment_address.start
+    return slice(start, start + held.lp_fragment_address.numel), held.get_hp_fragment(key)
 
 
 def _read_full(layer: PrincipalLayer) -> PrincipalState:
@@ -259,3 +311,8 @@ def _read_full(layer: PrincipalLayer) -> PrincipalState:
     values = layer.principal_values
     moments = [safe_get_full_optimizer_state(values, key) for key in ("exp_avg", "exp_avg_sq")]
     return PrincipalState(*(tensor.view(-1) for tensor in (safe_get_full_fp32_param(values), *moments)))
+
+
+def _own_master(values: Any) -> Tensor:
+    """Return the master values that this rank of stage 3 holds, padded to the shard's length."""
+    return safe_get_local_fp32_param(values).view(-1)

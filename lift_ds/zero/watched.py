@@ -33,6 +33,7 @@ _STORE_CALLS = {
     "read_state": "reading the state of",
     "replace": "storing the state of",
     "write_back": "writing back the trained values",
+    "compare": "comparing the optimizer's state with the weights",
 }
 
 
