@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +19,17 @@ from lift_ds.refresh import fallback_note, select
 from lift_ds.refresh_plan import solver_for, tile_entries_for
 from lift_ds.selection import Selected
 from lift_ds.selection.blocks import divides
-from lift_ds.targets import find_extra_parameters, find_targets, unmanaged_summary
+from lift_ds.targets import Targets, find_targets, unmanaged_summary
+from lift_ds.wrappers import refuse_before_attach
 from lift_ds.zero.partitioned import gathered, is_partitioned, partition_like
 
 logger = get_logger()
 
 #: Flat positions are stored as int32.
 _MAX_ENTRIES = 2**31 - 1
+
+#: Share of the managed entries that the paper trains, and the one above which a log line says how to get there.
+_USUAL_DENSITY, _LARGE_SHARE = 0.05, 0.2
 
 
 def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
@@ -75,22 +79,24 @@ def _attach(
 ) -> nn.Module:
     if attachment_of(model) is not None:
         raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
-    targets = find_targets(model, config.target_modules)
-    extra = find_extra_parameters(model, config.extra_trainable, targets)
-    for name, module in targets.items():
+    refuse_before_attach(model)
+    targets = find_targets(model, config)
+    for name, module in targets.layers.items():
         _check_weight(name, module.weight, config, dry=select_in is _reserve_in)
-    left_out = unmanaged_summary(model, targets, extra) if config.target_modules is None else []
+    left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
 
-    selected = {name: select_in(name, module, config) for name, module in targets.items()}
+    selected = {name: select_in(name, module, config) for name, module in targets.layers.items()}
     subspaces = {name: found.subspace for name, (_, found) in selected.items() if found.subspace is not None}
     fell_back = sum(found.fell_back for _, found in selected.values())
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in extra)
-    layers = {name: _manage(module, *selected.pop(name), config) for name, module in targets.items()}
+        parameter.requires_grad_(name in targets.dense)
+    everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
+    layers = {name: _manage(module, *selected.pop(name), config) for name, module in targets.layers.items()}
     attachment = Attachment(config, layers, required_grad, subspaces=subspaces)
     record(model, attachment)
-    _log_attachment(attachment, len(extra), left_out, fell_back)
+    _log_attachment(attachment, everything, len(targets.dense), fell_back)
+    _log_targets(targets, left_out)
     return model
 
 
@@ -183,18 +189,46 @@ def _manage(module: Any, values: Tensor, found: Selected, config: LiftConfig) ->
     return module
 
 
-def _log_attachment(attachment: Attachment, extra: int, left_out: list[str], fell_back: int) -> None:
+def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_back: int) -> None:
     config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
     total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
     budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
     logger.info(
-        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps%s%s",
+        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps; "
+        "%.2f%% of all %s parameters%s%s",
         len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, config.lra_rank,
-        config.refresh_interval, f"; {extra} more parameters trained densely" if extra else "",
-        fallback_note(fell_back),
+        config.refresh_interval, 100 * entries / everything, f"{everything:,}",
+        f"; {dense} more parameters trained densely" if dense else "", fallback_note(fell_back),
     )  # fmt: skip
+    if config.budget_rank is not None and entries > _LARGE_SHARE * total:
+        logger.warning(
+            "budget_rank %d trains %.1f%% of these matrices, since they are small; the paper trains about 5%%, "
+            "which is density %g (or budget_rank %d)",
+            config.budget_rank, 100 * entries / total, _USUAL_DENSITY,
+            max(1, round(_USUAL_DENSITY * total / sum(sum(shape) for shape in shapes))),
+        )  # fmt: skip
     whole = sum(config.lra_rank >= min(shape) for shape in shapes)
     if whole:
         logger.info("lra_rank %d is not below the smaller side of %d of them: there W' = W", config.lra_rank, whole)
+
+
+def _log_targets(targets: Targets, left_out: list[str]) -> None:
+    """Say what is managed, trained densely or left alone for another reason than that it is a linear layer."""
+    if targets.new_heads:
+        logger.info("the new head %s is trained densely", ", ".join(targets.new_heads))
+    if targets.left_frozen:
+        logger.warning(
+            "%s had been frozen (requires_grad is False) and stay so; name them in target_modules to train them",
+            _counted(targets.left_frozen),
+        )
+    if targets.thawed:
+        logger.warning(
+            "%s had been frozen (requires_grad is False) and are managed, since target_modules names them",
+            _counted(targets.thawed),
+        )
     if left_out:
         logger.warning("not managed by LIFT, left frozen: %s", "; ".join(left_out))
+
+
+def _counted(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layers ({layers[0]}{', ...' if len(layers) > 1 else ''})"

@@ -53,9 +53,11 @@ class LiftConfig:
         seed: of what "chebyshev" draws.
         target_modules: names of the linear layers to manage, matched against the last components of
             their dotted names ("q_proj", "self_attn.q_proj"), or the name of a preset ("LIFT_MLP").
-            None manages every linear layer except the output head.
-        extra_trainable: names of parameters trained densely beside, matched against the last components
-            of their dotted names ("bias", "norm.weight", "input_layernorm.weight").
+            None manages every linear layer except the output head, a new head, and what was frozen before.
+        exclude_modules: names of modules in which nothing is managed, matched against any components of dotted names
+            ("vision_tower", "layers.0", "q_proj").
+        extra_trainable: names of parameters or modules trained densely beside, matched against the last components
+            of their dotted names ("bias", "norm.weight", "input_layernorm.weight", "score").
         index_placement: in ZeRO stages 1 and 2 each rank holds 1/N of every index and backward gathers it ("sharded"),
             or all of it ("replicated": 2 bytes an entry on every rank, no traffic).
         refresh_memory_gib: GiB a refresh may take on a rank beside what training holds (the largest matrix's low-rank
@@ -82,6 +84,7 @@ class LiftConfig:
     block_shape: tuple[int, int] = (1, 1)
     seed: int = 0
     target_modules: str | tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] = ()
     extra_trainable: tuple[str, ...] = ()
     index_placement: str = "sharded"
     refresh_memory_gib: float | None = None
@@ -115,6 +118,7 @@ class LiftConfig:
             raise ValueError(f"refresh_memory_gib={self.refresh_memory_gib!r} is not a number above 0")
         # Frozen, so the normal forms (tuples, as JSON knows only lists) are set past __setattr__.
         object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
+        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
         object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))
         object.__setattr__(self, "betas", _betas(self.betas))
         object.__setattr__(self, "block_shape", _block_shape(self.block_shape))

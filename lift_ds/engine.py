@@ -18,6 +18,7 @@ from lift_ds.layers import logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.optimizer import LiftAdamW
 from lift_ds.zero.facade import bind
+from lift_ds.zero.options import refuse_options, refuse_pipeline
 from lift_ds.zero.partitioned import is_partitioned
 from lift_ds.zero.watched import follow_engine
 
@@ -52,10 +53,13 @@ def initialize(
         engine, optimizer, data loader, learning-rate schedule, as `deepspeed.initialize` returns them.
 
     Raises:
-        ValueError: for a file with an `"optimizer"` block, an unknown `"auto"`, or invalid LIFT settings.
+        ValueError: for a file with an `"optimizer"` block, an option that LIFT does not support or an unknown `"auto"`,
+            for a pipeline, and for invalid LIFT settings.
     """
     ds_config = read_ds_config(config)
     refuse_optimizer_block(ds_config)
+    refuse_options(ds_config)
+    refuse_pipeline(model)
     _attach_by(ds_config, model)
     settings = require_attachment(model).config
     if optimizer is None:

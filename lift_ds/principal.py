@@ -16,6 +16,27 @@ from torch import Tensor, nn
 from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
 
 
+class IndexWords(nn.Parameter):
+    """The words of an index: a parameter, so that ZeRO-3 shards it, of whole numbers, which cannot have gradients."""
+
+    @property  # type: ignore[override]
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> IndexWords:
+        """Refuse what would be for all parameters of the model: LIFT has chosen which ones are trained."""
+        if requires_grad:
+            raise ValueError(
+                "requires_grad was turned on for all parameters of a model that LIFT is attached to; do that before "
+                "lift_ds.attach, which chooses what is trained (extra_trainable names more)"
+            )
+        return self
+
+
 class PrincipalIndex(nn.Module):
     """I, the flat row-major positions of the principal values of one matrix; calling it gives its words, whole.
 
@@ -34,7 +55,7 @@ class PrincipalIndex(nn.Module):
     def __init__(self, index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
         self.layout = IndexLayout(rows, columns, index.numel(), block_shape)
-        self.words = nn.Parameter(self.encode(index), requires_grad=False)
+        self.words = IndexWords(self.encode(index), requires_grad=False)
 
     def forward(self) -> Tensor:
         # A tensor, not a CompactIndex: the hooks of ZeRO-3 walk through what a module returns.

@@ -1,17 +1,51 @@
-"""Which layers of a model LIFT manages, and which parameters it trains densely beside."""
+"""Which layers of a model LIFT manages, and which parameters it trains densely beside.
+
+The rule, for `target_modules` left out: every linear layer is managed but
+
+    - the output head, and whatever shares its weight with an embedding,
+    - those that `exclude_modules` names, by themselves or by a module around them,
+    - those whose weight the user has frozen (`requires_grad` is False),
+    - a new head (`score`, `classifier`, `qa_outputs` of the model itself), which is trained densely,
+    - those that `extra_trainable` names, which are trained densely too.
+
+A layer that `target_modules` names is managed, also where its weight was frozen.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lift_ds.config import TARGET_PRESETS
+from lift_ds.config import TARGET_PRESETS, LiftConfig
 from lift_ds.layers import MANAGED_CLASSES, logical_shape
+
+#: Heads that transformers puts on a pretrained model with new weights; PEFT trains those of the same names whole.
+NEW_HEADS = ("score", "classifier", "qa_outputs")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is trained in a model.
+
+    Args:
+        layers: dotted name -> layer to manage, in the order of the model's modules.
+        dense: names of the parameters that are trained densely beside.
+        new_heads: names of the modules whose parameters are among these because the heads are new.
+        left_frozen: names of the layers that are not managed because the user has frozen them.
+        thawed: names of the layers that are managed although they were frozen, since the user has named them.
+    """
+
+    layers: dict[str, nn.Module]
+    dense: set[str]
+    new_heads: tuple[str, ...]
+    left_frozen: tuple[str, ...]
+    thawed: tuple[str, ...]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -19,40 +53,34 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
-def find_targets(model: nn.Module, target_modules: str | tuple[str, ...] | None) -> dict[str, nn.Module]:
-    """Find the layers to manage.
+def find_targets(model: nn.Module, config: LiftConfig) -> Targets:
+    """Find what is trained.
 
     Args:
         model: any module; a weight partitioned by ZeRO-3 is judged by its logical shape.
-        target_modules: as in LiftConfig.
+        config: `target_modules`, `exclude_modules` and `extra_trainable`.
 
     Returns:
-        Dotted name -> layer, in the order of the model's modules; never the output head, an embedding or a
-        layer that shares its weight with one of them.
+        The layers to manage and the parameters to train densely.
 
     Raises:
-        ValueError: when nothing can be managed, a name matches no such layer, or a layer shares its weight with
-            another module.
+        ValueError: when nothing can be managed, a name matches nothing, a weight is named both ways, or a layer shares
+            its weight with another module.
     """
-    reserved = _reserved_weights(model)
     linear = {name: module for name, module in model.named_modules() if type(module) in MANAGED_CLASSES}
-    candidates = {name: module for name, module in linear.items() if id(module.weight) not in reserved}
-    if not candidates:
-        kinds = " or ".join(kind.__name__ for kind in MANAGED_CLASSES)
-        raise ValueError(
-            f"{type(model).__name__} has no layer LIFT can manage; it manages {kind_list(model)}{kinds} layers "
-            "other than the output head"
-        )
-    if target_modules is None:
-        chosen = candidates
-    else:
-        patterns = TARGET_PRESETS[target_modules] if isinstance(target_modules, str) else target_modules
-        chosen = {name: m for name, m in candidates.items() if any(matches(name, pattern) for pattern in patterns)}
-        unmatched = [p for p in patterns if not any(matches(name, p) for name in chosen)]
-        if unmatched and (not isinstance(target_modules, str) or not chosen):
-            _refuse_unmatched(model, target_modules, unmatched, candidates, linear)
+    candidates = _candidates(model, linear)
+    excluded = _excluded(model, config.exclude_modules)
+    candidates = {name: module for name, module in candidates.items() if name not in excluded}
+    by_name = isinstance(config.target_modules, tuple)
+    chosen = _named(model, config.target_modules, candidates, linear)
+    heads, dense = _new_heads(model, {*excluded, *(chosen if by_name else ())})
+    chosen = {name: module for name, module in chosen.items() if f"{name}.weight" not in dense}
+    frozen = tuple(name for name, module in chosen.items() if not module.weight.requires_grad)
+    if frozen and not by_name:
+        chosen = _without_frozen(model, chosen, frozen)
     _refuse_shared(model, chosen)
-    return chosen
+    dense |= find_extra_parameters(model, config.extra_trainable, chosen)
+    return Targets(chosen, dense, heads, () if by_name else frozen, frozen if by_name else ())
 
 
 def kind_list(model: nn.Module) -> str:
@@ -63,13 +91,13 @@ def kind_list(model: nn.Module) -> str:
     return f"(not {', '.join(others)}) " if others else ""
 
 
-def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: dict[str, nn.Module]) -> set[str]:
+def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: Mapping[str, nn.Module]) -> set[str]:
     """Find the parameters trained densely beside the principal values.
 
     Args:
         model: the model.
         names: as `extra_trainable` in LiftConfig.
-        managed: the layers found by `find_targets`.
+        managed: the layers that LIFT manages.
 
     Returns:
         Full names of the parameters.
@@ -82,6 +110,9 @@ def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: dict[
     found: set[str] = set()
     for pattern in names:
         hits = {name for name in parameters if matches(name, pattern)}
+        for name, module in model.named_modules():
+            if matches(name, pattern):
+                hits |= {f"{name}.{below}" for below, _ in module.named_parameters()} & parameters.keys()
         if not hits:
             endings = sorted({".".join(name.split(".")[-2:]) for name in parameters})
             raise ValueError(f"extra_trainable name {pattern!r} matches no parameter{_suggest(pattern, endings)}")
@@ -94,26 +125,93 @@ def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: dict[
     return found
 
 
-def unmanaged_summary(model: nn.Module, managed: dict[str, nn.Module], extra: set[str]) -> list[str]:
+def unmanaged_summary(model: nn.Module, targets: Targets) -> list[str]:
     """List the matrices and stacks of matrices that stay frozen although they are neither embedding nor head.
 
     Args:
         model: the model.
-        managed: the layers found by `find_targets`.
-        extra: the names found by `find_extra_parameters`.
+        targets: what `find_targets` found.
 
     Returns:
         One entry per kind, as "model.layers.*.mlp.experts.down_proj [8, 64, 128] x 2".
     """
     reserved = _reserved_weights(model)
-    managed_weights = {id(module.weight) for module in managed.values()}
+    known = {id(module.weight) for module in targets.layers.values()}
+    known |= {id(model.get_submodule(name).weight) for name in targets.left_frozen}  # said apart
     kinds: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         shape = logical_shape(parameter)
-        if len(shape) < 2 or name in extra or id(parameter) in reserved | managed_weights:
+        if len(shape) < 2 or name in targets.dense or id(parameter) in reserved | known:
             continue
         kinds[f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {list(shape)}"] += 1
     return [f"{kind} x {count}" for kind, count in kinds.items()]
+
+
+def _candidates(model: nn.Module, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    reserved = _reserved_weights(model)
+    candidates = {name: module for name, module in linear.items() if id(module.weight) not in reserved}
+    if not candidates:
+        kinds = " or ".join(kind.__name__ for kind in MANAGED_CLASSES)
+        raise ValueError(
+            f"{type(model).__name__} has no layer LIFT can manage; it manages {kind_list(model)}{kinds} layers "
+            "other than the output head"
+        )
+    return candidates
+
+
+def _excluded(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of the modules that are named, and of all below them."""
+    modules = [name for name, _ in model.named_modules() if name]
+    excluded: set[str] = set()
+    for pattern in names:
+        hits = {name for name in modules if f".{pattern}." in f".{name}."}
+        if not hits:
+            parts = sorted({part for name in modules for part in name.split(".") if not part.isdecimal()})
+            raise ValueError(f"exclude_modules name {pattern!r} matches no module{_suggest(pattern, parts)}")
+        excluded |= hits
+    return excluded
+
+
+def _named(
+    model: nn.Module,
+    target_modules: str | tuple[str, ...] | None,
+    candidates: dict[str, nn.Module],
+    linear: dict[str, nn.Module],
+) -> dict[str, nn.Module]:
+    """The candidates that `target_modules` names; all where it is None."""
+    if target_modules is None:
+        return candidates
+    patterns = TARGET_PRESETS[target_modules] if isinstance(target_modules, str) else target_modules
+    chosen = {name: m for name, m in candidates.items() if any(matches(name, pattern) for pattern in patterns)}
+    unmatched = [p for p in patterns if not any(matches(name, p) for name in chosen)]
+    if unmatched and (not isinstance(target_modules, str) or not chosen):
+        _refuse_unmatched(model, target_modules, unmatched, candidates, linear)
+    return chosen
+
+
+def _new_heads(model: nn.Module, apart: Collection[str]) -> tuple[tuple[str, ...], set[str]]:
+    """Names of the model's own new heads, and of their parameters, without what the user has frozen.
+
+    Args:
+        model: the model.
+        apart: names of the modules that are excluded, or managed by name.
+    """
+    dense = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.split(".")[0] in NEW_HEADS and parameter.requires_grad and name.rpartition(".")[0] not in apart
+    }
+    return tuple(sorted({name.split(".")[0] for name in dense})), dense
+
+
+def _without_frozen(model: nn.Module, chosen: dict[str, nn.Module], frozen: Collection[str]) -> dict[str, nn.Module]:
+    if len(frozen) == len(chosen):
+        raise ValueError(
+            f"all {len(chosen)} layers of {type(model).__name__} that LIFT could manage are frozen (requires_grad is "
+            f"False, as of {next(iter(chosen))}.weight); LIFT leaves alone what was frozen before. Name the layers in "
+            "target_modules, or call model.requires_grad_(True) before lift_ds.attach"
+        )
+    return {name: module for name, module in chosen.items() if name not in frozen}
 
 
 def _reserved_weights(model: nn.Module) -> set[int]:
@@ -166,5 +264,5 @@ def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             if name != other:
                 raise ValueError(
                     f"target_modules: {other} and {name} share one weight; LIFT trains a weight in one layer only, so "
-                    "leave both out"
+                    "leave both out, by exclude_modules or by naming others"
                 )

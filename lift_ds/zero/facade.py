@@ -26,6 +26,7 @@ from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh import Driver
 from lift_ds.store import PrincipalStore
 from lift_ds.zero.fragments import link_in_flat_order
+from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
@@ -75,18 +76,19 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
 
 def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
-    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        _refuse_second_copies(wrapper)
+    kind = type(wrapper)  # and no class derived from one of these, which may keep states elsewhere
+    if kind is DeepSpeedZeroOptimizer_Stage3:
+        let_gradients_reach_leaves(model)
         return _partitioned_parameters(wrapper, model)
-    if isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+    if kind in (DeepSpeedZeroOptimizer, BF16_Optimizer):
         if getattr(wrapper, "round_robin_gradients", False):
             link_in_flat_order(wrapper)
         return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
-    if isinstance(wrapper, FP16_UnfusedOptimizer):
+    if kind is FP16_UnfusedOptimizer:
         return MasterCopyStore(wrapper)
     raise ValueError(
-        f"LIFT cannot reach the states of {type(wrapper).__name__}; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW and "
-        'without ZenFlow or "super_offload"'
+        f"LIFT does not know where {kind.__name__} keeps its states; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW, "
+        'without "zenflow" and "super_offload"'
     )
 
 
@@ -118,20 +120,6 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParame
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return PartitionedParameterStore(wrapper)
-
-
-def _refuse_second_copies(wrapper: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Refuse the options of stage 3 under which a frozen weight is held in another form beside its shard."""
-    if wrapper.zero_hpz_partition_size > 1:
-        raise ValueError(
-            f"zero_hpz_partition_size={wrapper.zero_hpz_partition_size}: LIFT writes the trained values into the "
-            "shards of the weights and would leave the secondary copies behind; leave it at 1"
-        )
-    if wrapper.zero_quantized_nontrainable_weights:
-        raise ValueError(
-            "zero_quantized_nontrainable_weights=true: the weights LIFT manages are frozen parameters that it writes "
-            "into, so they cannot be quantised; leave it out"
-        )
 
 
 def _trained_parameters(optimizer: Any) -> Iterable[Tensor]:

@@ -1,8 +1,8 @@
 """Which part of a flat group of ZeRO stage 1 or 2 belongs to which parameter, also with `"round_robin_gradients"`.
 
-DeepSpeed links each parameter to the fragment of its flat group that this rank holds. It flattens a group in
-`round_robin_bit16_groups`, and links in the order of `bit16_groups`: with `"round_robin_gradients": true` the two differ,
-and every state that is read or written through the links is another parameter's (DeepSpeed 0.19.8).
+DeepSpeed links each parameter to the fragment of its flat group that this rank holds. It flattens a group in the order
+of `round_robin_bit16_groups`, and links in that of `bit16_groups`. With the option the two differ, and every state that
+is read or written through the links is another parameter's (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations

@@ -41,5 +41,9 @@ if __name__ == "__main__":
                 for rr in (False, True):
                     cfg = engines.ds_config(stage, bf16=bf16, offload=offload)
                     cfg["zero_optimization"]["round_robin_gradients"] = rr
-                    results[f"{stage} {bf16} {offload} {rr}"] = engines.message_of(lambda: results.__setitem__(f"x {stage} {bf16} {offload} {rr}", train(cfg, torch.bfloat16 if bf16 else torch.float32)))
+                    results[f"{stage} {bf16} {offload} {rr}"] = engines.message_of(
+                        lambda: results.__setitem__(
+                            f"x {stage} {bf16} {offload} {rr}", train(cfg, torch.bfloat16 if bf16 else torch.float32)
+                        )
+                    )
     engines.finish(sys.argv[1], results)
