@@ -331,6 +331,21 @@ def hold_out(rows: Dataset, size: float, seed: int) -> tuple[Dataset, Dataset]:
     return parts["train"], parts["test"]
 
 
+def choose(rows: Dataset, most: int, seed: int) -> Dataset:
+    """Choose some rows of a data set, for what is not to take long.
+
+    Args:
+        rows: the data set.
+        most: how many to choose, fewer than there are.
+        seed: picks the rows; the same seed picks the same rows on every rank.
+
+    Returns:
+        The rows.
+    """
+    assert 0 < most < len(rows)
+    return rows.shuffle(seed=seed).select(range(most))
+
+
 def check_loss(rows: Dataset, completion_only_loss: bool | None) -> None:
     """Refuse to learn the completion alone from rows that have none.
 

@@ -56,6 +56,7 @@ class ScriptArguments:
     train_file: str | None = _flag(f"A JSON array or JSON lines; rows with {ROW_LAYOUTS}.")
     eval_file: str | None = _flag("Held-out rows in the same layouts. Default: split off the training rows.")
     eval_split_size: float = _flag("Share or number of training rows to hold out without --eval_file; 0: none.", 0.05)
+    eval_max_rows: int = _flag("Most held-out rows to evaluate; of more, --seed picks some. 0: evaluate all.", 200)
 
     budget_rank: int | None = _flag("LIFT: train as many entries of each matrix as a LoRA of this rank has.")
     density: float | None = _flag("LIFT: train this share of each matrix, in place of --budget_rank.")
@@ -64,6 +65,10 @@ class ScriptArguments:
     solver: str | None = _flag("LIFT: how the low-rank approximation is computed.")
     target_modules: list[str] | None = field(default=None, metadata={"help": _TARGETS_HELP})
     stall_timeout: float | None = _flag("Seconds without progress after which a rank takes another one for lost.")
+
+    def __post_init__(self) -> None:
+        if self.eval_max_rows < 0:
+            raise ValueError(f"--eval_max_rows {self.eval_max_rows} is below 0; give a number of rows, or 0 for all")
 
 
 @dataclass

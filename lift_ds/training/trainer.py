@@ -23,6 +23,14 @@ class CheckedTrainer(SFTTrainer):
 
     _failures: list[SaveError]
 
+    def __init__(self, **settings: Any) -> None:
+        self._rows_used: dict[str, int] = {}  # "train", or the name of a set that is evaluated -> rows
+        super().__init__(**settings)
+
+    def rows_to_evaluate(self) -> int:
+        """Return how many held-out rows are evaluated, without those that are too long to be used."""
+        return sum(count for name, count in self._rows_used.items() if name != "train")
+
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Dataset:
@@ -31,7 +39,9 @@ class CheckedTrainer(SFTTrainer):
         whole = super()._prepare_dataset(dataset, processing_class, unlimited, False, formatting_func, dataset_name)
         name = "training rows" if dataset_name == "train" else "held-out rows"
         fitting = lengths.fit(whole, args, packing, name)
-        return super()._prepare_dataset(fitting, processing_class, args, packing, None, dataset_name)
+        prepared = super()._prepare_dataset(fitting, processing_class, args, packing, None, dataset_name)
+        self._rows_used[dataset_name] = len(fitting if packing else prepared)
+        return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -108,3 +108,9 @@ def test_long_rows_are_left_out_on_request(lift_log: list[str]) -> None:
     assert lift_log == []
     assert built("--drop_long_rows", "--max_length", "none").drop_long_rows
     assert lift_log == ["WARNING --drop_long_rows is not applied: with --max_length none no row is too long"]
+
+
+def test_a_negative_number_of_rows_to_evaluate_is_refused() -> None:
+    values, _ = arguments.make_parser().read(["--eval_max_rows", "-1"])
+    with pytest.raises(ValueError, match="--eval_max_rows -1 is below 0; give a number of rows, or 0 for all"):
+        arguments.build(arguments.ScriptArguments, values)

@@ -119,7 +119,21 @@ def test_held_out_rows_are_counted_for_themselves(lift_log: list[str]) -> None:
     trainer = trainer_of(PAIRS[:2], PAIRS, max_length=LIMIT, drop_long_rows=True)
     (line,) = lift_log
     assert line.startswith("INFO 3 of 5 held-out rows are longer than --max_length 8")
-    assert len(trainer.eval_dataset) == 2
+    assert len(trainer.eval_dataset) == trainer.rows_to_evaluate() == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ({"max_length": None}, 5),
+        ({"max_length": LIMIT}, 3),
+        ({"max_length": LIMIT, "packing": True}, 5),
+        ({"max_length": LIMIT, "packing": True, "drop_long_rows": True}, 2),
+    ],
+)
+def test_the_rows_that_are_evaluated_are_counted(flags: dict[str, Any], rows: int) -> None:
+    """Rows that are left out do not count, whether by the flag or by TRL; packs count by the rows in them."""
+    assert trainer_of(PAIRS, PAIRS, **flags).rows_to_evaluate() == rows
 
 
 def test_chats_are_counted_as_the_template_writes_them(lift_log: list[str]) -> None:
