@@ -58,6 +58,7 @@ from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.demo import run as demo
 from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.training import arguments, finished, launcher, loading, meeting, record, reporting, saving
+from lift_ds.training.evaluation import Evaluation, of_demo, of_held_out
 from lift_ds.training.shared_memory import unlink_shared_memory
 from lift_ds.training.trainer import CheckedTrainer
 
@@ -84,7 +85,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     base_dtype: torch.dtype
     checkpoint: str | None
-    metrics: dict[str, str]  # metric name -> row of the final table
+    evaluation: Evaluation | None
     demo_base: Path | None
 
 
@@ -164,14 +165,9 @@ def set_up(argv: Sequence[str] | None) -> Job:
         loading.load_as_saved(args, checkpoint)
     tokenizer = loading.load_tokenizer(script, args)
     train_rows, held_out = loading.load_data(script, args, tokenizer)
-    evaluation: Dataset | dict[str, Dataset] | None = held_out
-    metrics = {"eval_loss": "held-out rows"}
-    if demo_base is not None:
-        evaluation = demo.held_out(demo_base)
-        metrics = {
-            f"eval_{demo.NEW}_loss": "word problems (new task)",
-            f"eval_{demo.OLD}_loss": "stories (what it knew)",
-        }
+    evaluation = of_demo(demo_base) if demo_base is not None else None
+    if held_out is not None:
+        evaluation = of_held_out(held_out, script.eval_max_rows, args.seed)
     args.eval_on_start = evaluation is not None
     model, base_dtype = loading.load_model(script, args)
     attention = model.config._attn_implementation
@@ -179,7 +175,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation, checkpoint)
     if checkpoint is not None and script.method == "lift":
         lift_ds.checkpoint.verify(model, checkpoint, lift_ds.trainer.layout_of(args))
-    return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, metrics, demo_base)
+    return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, evaluation, demo_base)
 
 
 def prepare_demo(values: arguments.Values) -> Path:
@@ -199,7 +195,7 @@ def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Dataset,
-    evaluation: Dataset | dict[str, Dataset] | None,
+    evaluation: Evaluation | None,
     checkpoint: str | None,
 ) -> CheckedTrainer:
     """Build TRL's trainer for the chosen method."""
@@ -218,7 +214,7 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=train_rows,
-        eval_dataset=evaluation,
+        eval_dataset=evaluation.rows if evaluation is not None else None,
         processing_class=tokenizer,
         callbacks=callbacks,
         **extra,
@@ -233,9 +229,12 @@ def train(job: Job) -> None:
     """Train, evaluate again, save the plain model and say what came out."""
     trainer = job.trainer
     watch.begin("building the engine and loading the checkpoint")  # until the first forward
+    if job.evaluation is not None:
+        logger.info("%s", job.evaluation.announcement(trainer.rows_to_evaluate()))
     finished.train_what_is_left(trainer, job.checkpoint)
     after: dict[str, float] = {}
-    if trainer.eval_dataset is not None:
+    if job.evaluation is not None:
+        logger.info("evaluating the same rows after the last step")
         after = reporting.first_losses([trainer.evaluate()])
     if job.args.deepspeed and trainer.model_wrapped.zero_optimization_partition_weights():
         trainer.model_wrapped.empty_partition_cache()  # an evaluation leaves weights on their way, fetched ahead of use
@@ -250,8 +249,9 @@ def train(job: Job) -> None:
         raise save_error(folder, error, "model") from error
     if not is_main_rank():
         return
-    if after:
-        print(reporting.loss_table(reporting.first_losses(trainer.state.log_history), after, job.metrics))
+    if job.evaluation is not None:
+        before = reporting.first_losses(trainer.state.log_history)
+        print(reporting.loss_table(before, after, job.evaluation.metrics))
     print(f"saved to {folder}: a plain Hugging Face model ({tensors} tensors, {job.base_dtype}) and its tokenizer")
     if job.demo_base is not None:
         unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks

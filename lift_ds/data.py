@@ -1,10 +1,12 @@
-"""Instruction data: read it, check every row, and bring it to TRL's prompt/completion layout.
+"""Training data: read it, check every row, and bring it to a layout of TRL's.
 
-A row has one of three layouts:
+A row has one of five layouts. The first four become a prompt and a completion:
 
     instruction, input, output     framed as in Alpaca; `input` may be empty or absent
     prompt, completion             used as it is: two strings, or two lists of chat messages
     messages                       a chat; its last turn, the assistant's, is the completion, the rest the prompt
+    conversations                  the same as ShareGPT writes it: turns of `from` and `value`
+    text                           used as it is; all of it is learned
 
 The frame lives here alone, so that training, evaluation and generation cannot drift apart.
 """
@@ -12,14 +14,29 @@ The frame lives here alone, so that training, evaluation and generation cannot d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-ROW_LAYOUTS = "instruction/input/output, prompt/completion or messages"
+ROW_LAYOUTS = "instruction/input/output, prompt/completion, messages, conversations or text"
+
+#: The field of running text, here and in TRL.
+TEXT_FIELD = "text"
+
+#: What ShareGPT data call a speaker -> the role that chat templates know.
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 
 _FRAME = (
     "Below is an instruction that describes a task. "
@@ -52,14 +69,14 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
 
 
 def normalise_row(row: Mapping[str, Any], where: str) -> Row:
-    """Bring one row to `{"prompt", "completion"}`, both strings or both lists of chat messages.
+    """Bring one row to `{"prompt", "completion"}`, both strings or both lists of chat messages, or to `{"text"}`.
 
     Args:
-        row: a row in one of the three layouts.
+        row: a row in one of the five layouts; of several that it has, the first in their order counts.
         where: how to call the row in an error, for example "train.jsonl, line 7".
 
     Returns:
-        The row in TRL's prompt/completion layout.
+        The row in TRL's prompt/completion layout; running text in its language-modeling layout.
 
     Raises:
         ValueError: the row has none of the layouts, a field of the wrong type, or nothing to learn from.
@@ -70,7 +87,11 @@ def normalise_row(row: Mapping[str, Any], where: str) -> Row:
     if {"prompt", "completion"} <= keys:
         return _from_prompt(row, where)
     if "messages" in keys:
-        return _from_messages(row["messages"], where)
+        return _from_chat(row["messages"], "messages", _message, where)
+    if "conversations" in keys:
+        return _from_chat(row["conversations"], "conversations", _sharegpt_message, where)
+    if TEXT_FIELD in keys:
+        return _from_text(row[TEXT_FIELD], where)
     found = ", ".join(sorted(map(str, keys))) or "none"
     raise ValueError(f"{where}: a row needs {ROW_LAYOUTS}, this one has the keys: {found}")
 
@@ -107,14 +128,21 @@ def _from_prompt(row: Mapping[str, Any], where: str) -> Row:
     )
 
 
-def _from_messages(messages: Any, where: str) -> Row:
+def _from_text(value: Any, where: str) -> Row:
+    text = _text(value, TEXT_FIELD, where)
+    if not text.strip():
+        raise ValueError(f"{where}: {TEXT_FIELD!r} is empty; it needs a text to learn")
+    return {TEXT_FIELD: text}
+
+
+def _from_chat(messages: Any, field: str, read: Callable[[Any, str, str], dict[str, str]], where: str) -> Row:
     if not isinstance(messages, list) or len(messages) < 2:
-        raise ValueError(f"{where}: 'messages' must be a list of at least two messages, a question and its answer")
-    turns = [_message(turn, "messages", where) for turn in messages]
+        raise ValueError(f"{where}: {field!r} must be a list of at least two messages, a question and its answer")
+    turns = [read(turn, field, where) for turn in messages]
     last = turns[-1]
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s")
-    _need_completion(last["content"], "messages", where)
+    _need_completion(last["content"], field, where)
     return {"prompt": turns[:-1], "completion": [last]}
 
 
@@ -125,6 +153,15 @@ def _message(turn: Any, field: str, where: str) -> dict[str, str]:
         "role": _text(turn["role"], f"{field} role", where),
         "content": _text(turn["content"], f"{field} content", where),
     }
+
+
+def _sharegpt_message(turn: Any, field: str, where: str) -> dict[str, str]:
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
+        raise ValueError(f"{where}: each entry of {field!r} must be an object with 'from' and 'value'")
+    speaker = _text(turn["from"], f"{field} from", where)
+    if speaker not in _SPEAKERS:
+        raise ValueError(f"{where}: {field!r} has a turn from {speaker!r}; known are {', '.join(_SPEAKERS)}")
+    return {"role": _SPEAKERS[speaker], "content": _text(turn["value"], f"{field} value", where)}
 
 
 def _text(value: Any, field: str, where: str) -> str:
@@ -140,7 +177,18 @@ def _need_completion(text: str, field: str, where: str) -> None:
 
 def is_conversational(row: Row) -> bool:
     """Tell whether a normalised row holds chat messages, which need a chat template, and not plain text."""
-    return isinstance(row["prompt"], list)
+    return isinstance(row.get("prompt"), list)
+
+
+def is_text(row: Row) -> bool:
+    """Tell whether a normalised row holds running text, all of which is learned, and not a prompt and a completion."""
+    return TEXT_FIELD in row
+
+
+def _kind(row: Row) -> str:
+    if is_text(row):
+        return "rows of 'text' alone"
+    return "chat rows" if is_conversational(row) else "plain-text rows"
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -197,10 +245,10 @@ def load_file(path: str | Path) -> Dataset:
     """Load and check a data file.
 
     Args:
-        path: a JSON array or JSON lines, rows in any of the three layouts.
+        path: a JSON array or JSON lines, rows in any of the five layouts.
 
     Returns:
-        The rows as prompt and completion.
+        The rows as prompt and completion, or as text.
 
     Raises:
         ValueError: the file cannot be used; names the file and the line or row.
@@ -217,7 +265,7 @@ def load_named(name: str, config: str | None = None, split: str = "train") -> Da
         split: the split to take.
 
     Returns:
-        The rows as prompt and completion.
+        The rows as prompt and completion, or as text.
 
     Raises:
         ValueError: the data set, configuration or split is not there, or a row cannot be used.
@@ -244,16 +292,16 @@ def _load_raw(name: str, config: str | None, split: str) -> Iterable[Any]:
 
 
 def _checked(rows: Iterable[tuple[str, Any]], name: str) -> Iterator[Row]:
-    first_kind: bool | None = None
+    first_kind: str | None = None
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: a row must be a JSON object with {ROW_LAYOUTS}, not {type(row).__name__}")
         normal = normalise_row(row, where)
-        kind = is_conversational(normal)
+        kind = _kind(normal)
         if first_kind is None:
             first_kind = kind
         elif kind != first_kind:
-            raise ValueError(f"{where}: chat rows and plain-text rows cannot be mixed in one data set")
+            raise ValueError(f"{where}: {' and '.join(sorted((first_kind, kind)))} cannot be mixed in one data set")
         yield normal
     if first_kind is None:
         raise ValueError(f"{name} holds no rows; it needs at least one with {ROW_LAYOUTS}")
@@ -281,6 +329,38 @@ def hold_out(rows: Dataset, size: float, seed: int) -> tuple[Dataset, Dataset]:
         )
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
+
+
+def choose(rows: Dataset, most: int, seed: int) -> Dataset:
+    """Choose some rows of a data set, for what is not to take long.
+
+    Args:
+        rows: the data set.
+        most: how many to choose, fewer than there are.
+        seed: picks the rows; the same seed picks the same rows on every rank.
+
+    Returns:
+        The rows.
+    """
+    assert 0 < most < len(rows)
+    return rows.shuffle(seed=seed).select(range(most))
+
+
+def check_loss(rows: Dataset, completion_only_loss: bool | None) -> None:
+    """Refuse to learn the completion alone from rows that have none.
+
+    Args:
+        rows: normalised rows.
+        completion_only_loss: what the user asked for, None for nothing.
+
+    Raises:
+        ValueError: it is asked for, and the rows are running text.
+    """
+    if completion_only_loss and is_text(rows[0]):
+        raise ValueError(
+            f"--completion_only_loss {completion_only_loss} needs rows with a completion; the data holds "
+            f"{TEXT_FIELD!r} rows, all of which is learned: leave the flag out, or give rows with prompt/completion"
+        )
 
 
 def check_chat_template(rows: Dataset, chat_template: str | None, chat_template_path: str | None) -> None:

@@ -75,8 +75,7 @@ def held_out(folder: Path) -> dict[str, Dataset]:
     Returns:
         Held-out problems, and held-out stories of the kind the base was trained on.
     """
-    stories = json.loads((folder / STORIES_FILE).read_text(encoding="utf-8"))
-    return {NEW: load_file(folder / HELD_OUT_FILE), OLD: Dataset.from_list(stories)}
+    return {NEW: load_file(folder / HELD_OUT_FILE), OLD: load_file(folder / STORIES_FILE)}
 
 
 @torch.no_grad()

@@ -16,9 +16,11 @@ from trl import SFTConfig
 
 from lift_ds import LiftConfig
 from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, TRAIN_DEFAULTS_BLOCK, read_ds_config
-from lift_ds.data import ROW_LAYOUTS
+from lift_ds.data import ROW_LAYOUTS, TEXT_FIELD
 from lift_ds.engine import refuse_optimizer_block
-from lift_ds.logs import is_main_rank
+from lift_ds.logs import get_logger, is_main_rank
+
+logger = get_logger()
 
 METHODS = ("lift", "full", "lora")
 
@@ -54,6 +56,7 @@ class ScriptArguments:
     train_file: str | None = _flag(f"A JSON array or JSON lines; rows with {ROW_LAYOUTS}.")
     eval_file: str | None = _flag("Held-out rows in the same layouts. Default: split off the training rows.")
     eval_split_size: float = _flag("Share or number of training rows to hold out without --eval_file; 0: none.", 0.05)
+    eval_max_rows: int = _flag("Most held-out rows to evaluate; of more, --seed picks some. 0: evaluate all.", 200)
 
     budget_rank: int | None = _flag("LIFT: train as many entries of each matrix as a LoRA of this rank has.")
     density: float | None = _flag("LIFT: train this share of each matrix, in place of --budget_rank.")
@@ -62,6 +65,10 @@ class ScriptArguments:
     solver: str | None = _flag("LIFT: how the low-rank approximation is computed.")
     target_modules: list[str] | None = field(default=None, metadata={"help": _TARGETS_HELP})
     stall_timeout: float | None = _flag("Seconds without progress after which a rank takes another one for lost.")
+
+    def __post_init__(self) -> None:
+        if self.eval_max_rows < 0:
+            raise ValueError(f"--eval_max_rows {self.eval_max_rows} is below 0; give a number of rows, or 0 for all")
 
 
 @dataclass
@@ -81,6 +88,10 @@ class TrainArguments(SFTConfig):
         "A checkpoint folder; last: the newest whole one in --output_dir; auto: like last, afresh where there is none."
     )
     warmup_steps: float = _flag("Warm-up steps, or below 1 their share of all steps.", 0.03)
+    max_length: int | None = _flag(
+        "Most tokens of a row; what comes after is cut off. With --packing: tokens of a pack. none: no limit.", 1024
+    )
+    drop_long_rows: bool = _flag("Leave rows that are longer than --max_length out, instead of cutting them.", False)
     bf16: bool | None = _flag("Train in bfloat16. Default: on accelerators; float32 on CPUs.")
 
     use_cpu: bool = _flag("Train on CPUs. Default: where there is no accelerator.", False)
@@ -89,6 +100,7 @@ class TrainArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self._check_rows()
         # Without the CPU being asked for by name, Accelerate sees one process where DeepSpeed sees all the ranks, and
         # the Trainer refuses bf16.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -98,6 +110,21 @@ class TrainArguments(SFTConfig):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+
+    def _check_rows(self) -> None:
+        length = self.max_length
+        # A token is learned from those before it, so that one alone teaches nothing.
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
+            raise ValueError(f"--max_length {length!r} is no whole number of at least 2, nor none for no limit")
+        if length is None and (self.packing or self.eval_packing):
+            raise ValueError("--max_length none does not go with packing; give the number of tokens of a pack")
+        if length is None and self.drop_long_rows:
+            logger.warning("--drop_long_rows is not applied: with --max_length none no row is too long")
+        if self.dataset_text_field != TEXT_FIELD:
+            raise ValueError(
+                f"--dataset_text_field {self.dataset_text_field!r} cannot be used: running text is read from the field "
+                f"{TEXT_FIELD!r} alone; rename the field of the data"
+            )
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
@@ -145,7 +172,18 @@ def make_parser() -> Parser:
     for action in parser._actions:
         if action.type is string_to_bool:  # a switch that may be None would otherwise not stand alone, as in `--bf16`
             action.nargs, action.const = "?", True
+        elif action.dest == "max_length":
+            action.type = _length
     return parser
+
+
+def _length(text: str) -> int | None:
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, nor none for no limit") from None
 
 
 def build(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments:

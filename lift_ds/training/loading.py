@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from lift_ds import LiftConfig
 from lift_ds.checkpoint import Choice, newest, read
 from lift_ds.config import TARGET_PRESETS
-from lift_ds.data import check_chat_template, hold_out, load_file, load_named
+from lift_ds.data import check_chat_template, check_loss, hold_out, load_file, load_named
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
 from lift_ds.trainer import layout_of
@@ -128,7 +128,7 @@ def load_data(
 
     Args:
         script: names the data.
-        args: gives the seed, and the chat template where one is named.
+        args: gives the seed, the chat template where one is named, and what the loss is to be on.
         tokenizer: renders chats.
 
     Returns:
@@ -146,6 +146,7 @@ def load_data(
     for part in (rows, held_out):
         if part is not None:
             check_chat_template(part, tokenizer.chat_template, args.chat_template_path)
+    check_loss(rows, args.completion_only_loss)
     if held_out is None and script.eval_split_size != 0:
         return hold_out(rows, script.eval_split_size, args.seed)
     return rows, held_out

@@ -1,4 +1,7 @@
-"""The Trainer of launch/train.py: TRL's, with saves that fail on all ranks together and in one line."""
+"""The Trainer of launch/train.py: TRL's, with saves that fail on all ranks together and in one line.
+
+It also says which rows are longer than --max_length.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,39 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, failures_kept, save_error, stop_together
+from lift_ds.training import lengths
 
 
 class CheckedTrainer(SFTTrainer):
     """SFTTrainer whose `SaveError` names the checkpoint that could not be saved, the reason and the last whole one."""
 
     _failures: list[SaveError]
+
+    def __init__(self, **settings: Any) -> None:
+        self._rows_used: dict[str, int] = {}  # "train", or the name of a set that is evaluated -> rows
+        super().__init__(**settings)
+
+    def rows_to_evaluate(self) -> int:
+        """Return how many held-out rows are evaluated, without those that are too long to be used."""
+        return sum(count for name, count in self._rows_used.items() if name != "train")
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Dataset:
+        # Once for whole rows, which tokenizes them; then to cut and to pack these, which tokenizes no more.
+        unlimited = lengths.without_limit(args)
+        whole = super()._prepare_dataset(dataset, processing_class, unlimited, False, formatting_func, dataset_name)
+        name = "training rows" if dataset_name == "train" else "held-out rows"
+        fitting = lengths.fit(whole, args, packing, name)
+        prepared = super()._prepare_dataset(fitting, processing_class, args, packing, None, dataset_name)
+        self._rows_used[dataset_name] = len(fitting if packing else prepared)
+        return prepared
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

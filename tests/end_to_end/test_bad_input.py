@@ -106,6 +106,14 @@ CASES = {
         ),
         of_two_ranks=True,
     ),
+    "too_short": Case(
+        "--max_length 4 leaves no token of the answer in any of the 60 training rows; the shortest needs --max_length ",
+        ("--max_length", 4),
+    ),
+    "all_too_long": Case(
+        "--max_length 4 with --drop_long_rows leaves none of the 60 training rows; the shortest needs --max_length ",
+        ("--max_length", 4, "--drop_long_rows"),
+    ),
     "no_checkpoint_yet": Case("holds no whole checkpoint; 'auto' would start", ("--resume_from_checkpoint", "last")),
     "no_checkpoint": Case("nowhere: no such folder", ("--resume_from_checkpoint", "nowhere")),
 }

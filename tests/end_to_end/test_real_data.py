@@ -39,6 +39,8 @@ def test_lift_changes_selected_entries_alone(config: str, material: Material, tm
     after, before = load_like(ended.output, material.base)
     assert [step for step, _ in ended.refreshes()] == [3, 6]
     assert "held-out rows" in ended.stdout
+    assert ended.text.count("evaluating 4 held-out rows before the first step") == 1
+    assert ended.text.count("evaluating the same rows after the last step") == 1
     if "--bf16" in more:
         before = {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in before.items()}
     for name, was in before.items():

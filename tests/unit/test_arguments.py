@@ -1,5 +1,5 @@
 """Pins what a DeepSpeed file says to launch/train.py: numbers and flags hold where the command line is silent, a
-contradiction is refused."""
+contradiction is refused. Pins also the flags that say which rows are used."""
 
 from __future__ import annotations
 
@@ -63,3 +63,54 @@ def test_a_flag_may_repeat_the_file_and_not_contradict_it(tmp_path: Path) -> Non
 def test_what_the_file_cannot_say(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         settled(tmp_path, **changes)
+
+
+def built(*flags: str) -> arguments.TrainArguments:
+    values, _ = arguments.make_parser().read(flags)
+    arguments.settle_optimizer(values, arguments.lift_config(values))
+    return arguments.build(arguments.TrainArguments, values)
+
+
+@pytest.mark.parametrize(("given", "length"), [("none", None), ("None", None), ("null", None), ("256", 256)])
+def test_max_length_is_a_number_or_none(given: str, length: int | None) -> None:
+    assert built("--max_length", given).max_length == length
+    assert built().max_length == 1024
+
+
+def test_none_holds_against_the_file(tmp_path: Path) -> None:
+    assert settled(tmp_path, "--max_length", "none")["max_length"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_length", "1"], "--max_length 1 is no whole number of at least 2, nor none"),
+        (["--max_length", "-5"], "--max_length -5 is no whole number of at least 2, nor none"),
+        (["--max_length", "none", "--packing"], "--max_length none does not go with packing"),
+        (["--max_length", "none", "--eval_packing"], "--max_length none does not go with packing"),
+        (["--dataset_text_field", "body"], "--dataset_text_field 'body' .* from the field 'text' alone"),
+    ],
+)
+def test_rows_cannot_be_cut_so(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(*flags)
+
+
+def test_a_length_in_words_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        built("--max_length", "long")
+    assert "--max-length: 'long' is no whole number, nor none for no limit" in capsys.readouterr().err
+
+
+def test_long_rows_are_left_out_on_request(lift_log: list[str]) -> None:
+    assert not built().drop_long_rows
+    assert built("--drop_long_rows").drop_long_rows
+    assert lift_log == []
+    assert built("--drop_long_rows", "--max_length", "none").drop_long_rows
+    assert lift_log == ["WARNING --drop_long_rows is not applied: with --max_length none no row is too long"]
+
+
+def test_a_negative_number_of_rows_to_evaluate_is_refused() -> None:
+    values, _ = arguments.make_parser().read(["--eval_max_rows", "-1"])
+    with pytest.raises(ValueError, match="--eval_max_rows -1 is below 0; give a number of rows, or 0 for all"):
+        arguments.build(arguments.ScriptArguments, values)

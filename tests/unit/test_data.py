@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lift_ds.data import check_chat_template, hold_out, instruction_prompt, load_file, load_named, normalise_row
+from lift_ds.data import (
+    check_chat_template,
+    check_loss,
+    hold_out,
+    instruction_prompt,
+    load_file,
+    load_named,
+    normalise_row,
+)
 
 QUESTION = {"role": "user", "content": "How many?"}
 ANSWER = {"role": "assistant", "content": "Three."}
 ROW = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
+HUMAN = {"from": "human", "value": "How many?"}
+GPT = {"from": "gpt", "value": "Three."}
 
 
 def write(path: Path, text: str) -> Path:
@@ -61,10 +71,38 @@ def test_messages_split_before_the_last_answer() -> None:
     assert row == {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}
 
 
+def test_sharegpt_turns_become_messages() -> None:
+    """The same chat in the other spelling trains the same."""
+    system = {"from": "system", "value": "Be brief."}
+    row = normalise_row({"id": "x", "conversations": [system, HUMAN, GPT]}, "here")
+    assert row == {"prompt": [{"role": "system", "content": "Be brief."}, QUESTION], "completion": [ANSWER]}
+
+
+@pytest.mark.parametrize("asking", ["human", "user"])
+@pytest.mark.parametrize("answering", ["gpt", "assistant", "chatgpt", "model", "bot"])
+def test_every_name_of_a_sharegpt_speaker_is_known(asking: str, answering: str) -> None:
+    """Data sets of this kind do not agree on what the two sides are called."""
+    row = normalise_row({"conversations": [HUMAN | {"from": asking}, GPT | {"from": answering}]}, "here")
+    assert row == {"prompt": [QUESTION], "completion": [ANSWER]}
+
+
+def test_text_is_kept_as_it_is_and_has_no_prompt() -> None:
+    """Without a prompt TRL learns all of a row; white space is part of the text."""
+    assert normalise_row({"text": " Once.\n", "more": 1}, "here") == {"text": " Once.\n"}
+
+
+def test_a_text_beside_another_layout_is_not_used() -> None:
+    """Published instruction data carry the framed row as a `text` too."""
+    assert normalise_row(ROW | {"text": "framed"}, "here")["completion"] == "3"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "answer": "b"}, "instruction/input/output, prompt/completion or messages.*answer, question"),
+        (
+            {"question": "a", "answer": "b"},
+            "instruction/input/output, prompt/completion, messages, conversations or text.*answer, question",
+        ),
         (ROW | {"output": "  "}, "'output' has no text"),
         (ROW | {"output": 3}, "'output' must be a string, not int"),
         (ROW | {"instruction": ""}, "'instruction' is empty"),
@@ -74,6 +112,17 @@ def test_messages_split_before_the_last_answer() -> None:
         ({"messages": [ANSWER, QUESTION]}, "must be the assistant's, not the user's"),
         ({"messages": ["hello", "you"]}, "'role' and 'content'"),
         ({"messages": [QUESTION, ANSWER | {"content": None}]}, "must be a string, not NoneType"),
+        ({"text": " \n"}, "'text' is empty"),
+        ({"text": ["a"]}, "'text' must be a string, not list"),
+        ({"conversations": [HUMAN]}, "'conversations' must be a list of at least two messages"),
+        ({"conversations": [GPT, HUMAN]}, "must be the assistant's, not the user's"),
+        ({"conversations": [QUESTION, ANSWER]}, "each entry of 'conversations' .* 'from' and 'value'"),
+        (
+            {"conversations": [HUMAN, GPT | {"from": "tool"}]},
+            "a turn from 'tool'; known are human, user, gpt, .*system",
+        ),
+        ({"conversations": [HUMAN, GPT | {"value": 3}]}, "'conversations value' must be a string, not int"),
+        ({"conversations": [HUMAN, GPT | {"value": ""}]}, "'conversations' has no text"),
     ],
 )
 def test_unusable_rows_are_refused_by_what_is_wrong(row: dict[str, object], message: str) -> None:
@@ -104,9 +153,11 @@ def test_array_and_lines_load_alike(layout: str, tmp_path: Path) -> None:
         ("[\n {},\n {]\n", "line 3, column .*not a valid JSON array"),
         ('{"instruction": "a", "output": "b"}\n\n{"instruction": \n', "line 3, column .*not a JSON object"),
         (json.dumps(ROW) + '\n"text"\n', "line 2: a row must be a JSON object.*not str"),
-        (json.dumps([ROW, {"text": "a"}]), "row 2: a row needs .*: text$"),
-        (json.dumps(ROW) + "\n\n" + json.dumps({"text": "a"}), "line 3: a row needs .*: text$"),
+        (json.dumps([ROW, {"body": "a"}]), "row 2: a row needs .*: body$"),
+        (json.dumps(ROW) + "\n\n" + json.dumps({"body": "a"}), "line 3: a row needs .*: body$"),
         (json.dumps([ROW, {"messages": [QUESTION, ANSWER]}]), "row 2: chat rows and plain-text rows cannot be mixed"),
+        (json.dumps([{"conversations": [HUMAN, GPT]}, ROW]), "row 2: chat rows and plain-text rows cannot be mixed"),
+        (json.dumps([ROW, {"text": "a"}]), "row 2: plain-text rows and rows of 'text' alone cannot be mixed"),
         ("[]", "holds no rows"),
         ("", "holds no rows"),
     ],
@@ -116,6 +167,16 @@ def test_unusable_files_are_refused_by_line_or_row(text: str, message: str, tmp_
     path = write(tmp_path / "rows.json", text)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{message}"):
         load_file(path)
+
+
+def test_text_and_sharegpt_files_load(tmp_path: Path) -> None:
+    """Chats of both spellings may share a file, as they become the same."""
+    text = write(tmp_path / "text.jsonl", '{"text": "Once."}\n{"text": "Twice.", "id": 2}\n')
+    assert load_file(text).to_list() == [{"text": "Once."}, {"text": "Twice."}]
+    chats = write(
+        tmp_path / "chats.json", json.dumps([{"conversations": [HUMAN, GPT]}, {"messages": [QUESTION, ANSWER]}])
+    )
+    assert load_file(chats).to_list() == [{"prompt": [QUESTION], "completion": [ANSWER]}] * 2
 
 
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
@@ -167,3 +228,13 @@ def test_chats_need_a_chat_template() -> None:
     check_chat_template(chats, "{{ messages }}", None)
     check_chat_template(chats, None, "template.jinja")
     check_chat_template(Dataset.from_list([{"prompt": "a", "completion": "b"}]), None, None)
+
+
+def test_text_has_no_completion_to_learn_alone() -> None:
+    """TRL would pass over the flag in silence and learn all of the text."""
+    text = Dataset.from_list([{"text": "Once."}])
+    with pytest.raises(ValueError, match=r"--completion_only_loss True .*'text' rows"):
+        check_loss(text, True)
+    check_loss(text, None)
+    check_loss(text, False)
+    check_loss(Dataset.from_list([{"prompt": "a", "completion": "b"}]), True)

@@ -55,7 +55,12 @@ def test_builder_writes_what_a_real_run_is_given(tmp_path: Path) -> None:
     held_out = load_file(tmp_path / base.HELD_OUT_FILE)
     assert (len(train), len(held_out)) == (20, 8)
     assert not set(train["prompt"]) & set(held_out["prompt"])
-    assert len(json.loads((tmp_path / base.STORIES_FILE).read_text())) == 8
+    stories = json.loads((tmp_path / base.STORIES_FILE).read_text())
+    assert len(stories) == 8
+    assert {name: rows.to_list() for name, rows in run.held_out(tmp_path).items()} == {
+        run.NEW: held_out.to_list(),
+        run.OLD: stories,
+    }
     # The prompt's tokens are the first of those of prompt and completion, so the loss starts at the response.
     prompt = tokenizer(instruction_prompt("How many?"))["input_ids"]
     assert tokenizer(instruction_prompt("How many?") + "Ben has 3.")["input_ids"][: len(prompt)] == prompt

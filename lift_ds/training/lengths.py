@@ -1,0 +1,135 @@
+"""Rows that are longer than --max_length: how many there are, what becomes of them, and leaving them out.
+
+The lengths are those of TRL's own tokens, with the chat template and the end-of-text token that it adds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from lift_ds.data import is_text
+from lift_ds.logs import get_logger
+from lift_ds.training.arguments import TrainArguments
+
+logger = get_logger()
+
+#: Label of a token that the loss passes over.
+IGNORED = -100
+
+#: What becomes of long rows under the strategies of packing that lose no token. All others cut rows.
+_SPLIT = {
+    "bfd_split": "packing makes pieces of them (bfd_split), and a piece does not see the one before it",
+    "wrapped": "packing cuts every row where a pack is full, shorter ones too (wrapped), and a piece does not see the "
+    "one before it",
+}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Rows by their lengths, and the limit; `name` is what to call them."""
+
+    name: str
+    lengths: Sequence[int]
+    limit: int
+
+    def long(self) -> list[int]:
+        """Return the places of the rows that are longer than the limit."""
+        return [place for place, length in enumerate(self.lengths) if length > self.limit]
+
+    def fitting(self) -> list[int]:
+        """Return the places of the others."""
+        return [place for place, length in enumerate(self.lengths) if length <= self.limit]
+
+    def how_many_are_long(self) -> str:
+        """Return the beginning of a sentence about the long rows."""
+        count, longest = len(self.long()), max(self.lengths)
+        return (
+            f"{count:,} of {len(self.lengths):,} {self.name} are longer than --max_length {self.limit} "
+            f"(the longest has {longest:,} tokens)"
+        )
+
+    def nothing_left(self, what_it_does: str) -> ValueError:
+        """Return the error that the limit is too low for all of the rows."""
+        return ValueError(
+            f"--max_length {self.limit} {what_it_does} the {len(self.lengths):,} {self.name}; "
+            f"the shortest needs --max_length {min(self.lengths)}"
+        )
+
+
+def without_limit(args: TrainArguments) -> TrainArguments:
+    """Return arguments by which TRL tokenizes and labels rows, and neither cuts nor reorders them.
+
+    Args:
+        args: those of the run; not changed.
+
+    Returns:
+        A copy.
+    """
+    unlimited = copy.copy(args)
+    unlimited.max_length, unlimited.shuffle_dataset = None, False
+    return unlimited
+
+
+def fit(rows: Dataset, args: TrainArguments, packing: bool, name: str) -> Dataset:
+    """Say what --max_length does to the rows that are longer, and leave them out where that is asked for.
+
+    Args:
+        rows: whole rows with `input_ids` and `labels`.
+        args: gives the limit, and what is to be done about it.
+        packing: whether these rows will be packed.
+        name: what to call the rows, for example "training rows".
+
+    Returns:
+        The rows that TRL is to cut or to pack.
+
+    Raises:
+        ValueError: there is nothing to learn, or nothing would be left.
+    """
+    if not any(map(_is_learned, rows["labels"])):
+        raise ValueError(
+            f"none of the {len(rows):,} {name} has a token to learn, as the chat template leaves the answers out; "
+            "name another one by --chat_template_path"
+        )
+    if args.max_length is None:
+        return rows
+    measured = _Measured(name, [len(ids) for ids in rows["input_ids"]], args.max_length)
+    if not measured.long():
+        return rows
+    if args.drop_long_rows:
+        return _without_long(rows, measured)
+    if packing and args.packing_strategy in _SPLIT:
+        harm = _SPLIT[args.packing_strategy]
+    else:
+        # Packing keeps the start, whatever the mode says.
+        harm = _harm_of_cutting(rows, measured, keeps_end=args.truncation_mode == "keep_end" and not packing)
+    logger.warning(
+        "%s: %s. Raise --max_length, or leave these rows out with --drop_long_rows", measured.how_many_are_long(), harm
+    )
+    return rows
+
+
+def _without_long(rows: Dataset, measured: _Measured) -> Dataset:
+    fitting = measured.fitting()
+    if not fitting:
+        raise measured.nothing_left("with --drop_long_rows leaves none of")
+    logger.info("%s and are left out (--drop_long_rows)", measured.how_many_are_long())
+    return rows.select(fitting)
+
+
+def _harm_of_cutting(rows: Dataset, measured: _Measured, *, keeps_end: bool) -> str:
+    part = "text" if is_text(rows[0]) else "answer"
+    kept = slice(-measured.limit, None) if keeps_end else slice(measured.limit)
+    empty = sum(not _is_learned(labels[kept]) for labels in rows.select(measured.long())["labels"])
+    if empty == len(rows):
+        raise measured.nothing_left(f"leaves no token of the {part} in any of")
+    lost = "start of the row" if keeps_end else f"end of the {part}"
+    emptied = f"; {empty:,} of them lose all of the {part} and count for nothing" if empty else ""
+    return f"they are cut there, and the {lost} is lost{emptied}"
+
+
+def _is_learned(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels)
