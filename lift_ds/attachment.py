@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lift_ds.compiled import handle_for
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PRINCIPAL_KEYS, PrincipalLayer
 from lift_ds.selection.encoding import CompactIndex
+from lift_ds.wrappers import refuse_after_attach
 
 _ATTRIBUTE = "_lift_attachment"
 
@@ -25,7 +28,9 @@ class Attachment:
         required_grad: names of the parameters that required grad before.
         driver: what applies the principal values after a step (of LiftAdamW, or of the facade over ZeRO).
         optimizer: the LiftAdamW built from the model, if one was.
-        gradient_seen: whether a gradient reached a principal value since the last applied step.
+        reached: layers whose principal values a gradient has reached since the last applied step.
+        ever_reached: and since the beginning of this process, up to that step.
+        partitioned: whether θ is away from its layer between steps (ZeRO-3).
         backwards: how often a gradient reached a layer before the first applied step.
         step_seen: whether a step has been applied.
         subspaces: dotted name -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank has
@@ -38,7 +43,9 @@ class Attachment:
     required_grad: frozenset[str]
     driver: Any = None
     optimizer: Any = None
-    gradient_seen: bool = False
+    reached: set[nn.Module] = field(default_factory=set)
+    ever_reached: set[nn.Module] = field(default_factory=set)
+    partitioned: bool = False
     backwards: int = 0
     step_seen: bool = False
     subspaces: dict[str, Tensor] = field(default_factory=dict)
@@ -62,7 +69,7 @@ class Attachment:
                 "optimizer with lift_ds.LiftAdamW(model), the engine with lift_ds.initialize(...), or add "
                 "lift_ds.LiftCallback() to the Trainer; lift_ds.detach(model) makes it a plain model again"
             )
-        self.gradient_seen = True
+        self.reached.add(layer)
         if not self.step_seen:
             self.backwards += 1
             # Comparing decodes the index and synchronises a device: at every power of two, and no more once a step has
@@ -81,14 +88,48 @@ class Attachment:
         Raises:
             RuntimeError: when no layer saw a gradient, so that the step trained nothing.
         """
-        if not self.gradient_seen:
+        if not self.reached:
             raise RuntimeError(
                 "LIFT is attached but not active: no gradient reached a principal value since the last step. With "
                 "reentrant activation checkpointing call model.enable_input_require_grads(), since the embeddings "
                 "are frozen; also check that the managed layers take part in the loss"
             )
-        self.gradient_seen = False
+        self.ever_reached |= self.reached
+        self.reached = set()
         self.step_seen = True
+
+    def require_trainable(self, model: nn.Module) -> None:
+        """Check that LIFT's parameters are as `attach` left them.
+
+        Args:
+            model: the model LIFT is attached to, or a wrapper of it.
+
+        Raises:
+            ValueError: when another library has changed the model, or what is frozen and what is trained.
+        """
+        refuse_after_attach(model)
+        present = set(model.modules())
+        gone = [name for name, layer in self.layers.items() if layer not in present]
+        if gone:
+            raise ValueError(
+                f"{gone[0]}, which LIFT manages, is no part of the {type(model).__name__} any more ({len(gone)} such "
+                "layers): something has replaced layers since lift_ds.attach; let it do so before"
+            )
+        frozen = [name for name, layer in self.layers.items() if not layer.principal_values.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"the principal values of {frozen[0]} do not require gradients any more ({len(frozen)} such layers); "
+                "freeze layers before lift_ds.attach, which then leaves them alone, or name them in exclude_modules"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy of the model is not trained until an optimizer is built for it."""
+        copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces))
+        memo[id(self)] = copied
+        copied.layers = copy.deepcopy(self.layers, memo)
+        for layer in copied.layers.values():
+            layer.__dict__["lift_handle"] = handle_for(layer)
+        return copied
 
     def entries(self) -> int:
         """Return how many entries are trained in all managed matrices together."""
@@ -142,6 +183,7 @@ def record(model: nn.Module, attachment: Attachment) -> None:
     model.__dict__[_ATTRIBUTE] = attachment
     for layer in attachment.layers.values():
         layer.__dict__["lift_attachment"] = attachment
+        layer.__dict__["lift_handle"] = handle_for(layer)
 
 
 def erase(model: nn.Module) -> None:
@@ -156,5 +198,5 @@ def erase(model: nn.Module) -> None:
                 holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save) - _principal_keys(holder)
             del module.__dict__[_ATTRIBUTE]
             for layer in attachment.layers.values():
-                del layer.__dict__["lift_attachment"]
+                del layer.__dict__["lift_attachment"], layer.__dict__["lift_handle"]
             return

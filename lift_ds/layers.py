@@ -11,16 +11,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from lift_ds.compiled import TracedLinear, input_gradient, product
 from lift_ds.kernels import entries_of
 from lift_ds.principal import PrincipalSet
 from lift_ds.selection.encoding import CompactIndex
+from lift_ds.wrappers import FSDP_AFTER_ATTACH
 
 if TYPE_CHECKING:
     from lift_ds.attachment import Attachment
@@ -46,7 +48,7 @@ class _PrincipalLinear(torch.autograd.Function):
         ctx.layer = layer
         ctx.values_dtype = values.dtype
         ctx.save_for_backward(x)
-        return layer.apply_weight(x, bias)
+        return product(x, layer.weight, bias, layer.transposed)
 
     @staticmethod
     @once_differentiable
@@ -54,39 +56,10 @@ class _PrincipalLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         layer: PrincipalLayer = ctx.layer
         needs_x, needs_values, needs_bias, _ = ctx.needs_input_grad
-        grad_x = layer.input_gradient(grad_output).to(x.dtype) if needs_x else None
-        grad_2d = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, m]
-        grad_values = None
-        if needs_values:
-            index = CompactIndex(layer.principal.index(), layer.principal.index.layout)
-            layer.lift_attachment.note_backward(layer, index)
-            x_2d = x.reshape(-1, x.shape[-1]).to(grad_2d.dtype)  # [tokens, n]
-            grad_values = _values_gradient(layer, x_2d, grad_2d, index, ctx.values_dtype)  # [k]
-        grad_bias = grad_2d.sum(0) if needs_bias else None
+        grad_x = input_gradient(grad_output, layer.weight, layer.transposed).to(x.dtype) if needs_x else None
+        grad_values = layer.values_gradient(x, grad_output, ctx.values_dtype) if needs_values else None
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if needs_bias else None
         return grad_x, grad_values, grad_bias, None
-
-
-def _values_gradient(
-    layer: PrincipalLayer, x: Tensor, grad_output: Tensor, index: CompactIndex, dtype: torch.dtype
-) -> Tensor:
-    """Return dL/dθ [k]; of dL/dW, which has the dtype of x, there is one tile of rows at a time.
-
-    Args:
-        layer: whose weight it is.
-        x: [tokens, inputs].
-        grad_output: [tokens, outputs], in the dtype of x.
-        index: the principal index, whole.
-        dtype: of θ, and of what is returned.
-    """
-    columns, entries = index.layout.columns, entries_of(index)
-    tiles = _row_tiles(index.layout.rows, columns, HOST_TILE_ENTRIES if x.device.type == "cpu" else TILE_ENTRIES)
-    tile = x.new_empty(tiles[0].stop, columns)  # the first is the largest
-    gradient = x.new_empty(index.layout.entries, dtype=dtype)
-    for rows in tiles:
-        part = tile[: rows.stop - rows.start]
-        layer.weight_gradient(x, grad_output, rows, part)
-        entries.gather(part.view(-1), rows.start * columns, gradient)
-    return gradient
 
 
 def _row_tiles(rows: int, columns: int, entries: int) -> list[slice]:
@@ -106,12 +79,93 @@ class PrincipalLayer(nn.Module):
     bias: Any  # a parameter or None
     principal: PrincipalSet
     lift_attachment: Attachment
+    #: By which a compiled graph finds this layer.
+    lift_handle: Tensor
+    #: Whether `weight` is [inputs, outputs].
+    transposed: ClassVar[bool]
 
     def forward(self, input: Tensor) -> Tensor:
         # Autograd functions run below autocast: cast what is saved once, as autocast would cast it for the product.
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
-        return _PrincipalLinear.apply(input, self.principal.for_autograd(), self.bias, self)
+        if torch.compiler.is_compiling() and not self.lift_attachment.partitioned:
+            values = self._trained(self.principal.values)
+            return TracedLinear.apply(input, values, self.weight, self.bias, self.lift_handle, self.transposed)
+        return self._principal_linear(input)
+
+    @torch.compiler.disable
+    def _principal_linear(self, input: Tensor) -> Tensor:
+        return _PrincipalLinear.apply(input, self._trained(self.principal.for_autograd()), self.bias, self)
+
+    def _trained(self, values: nn.Parameter) -> nn.Parameter:
+        """Return θ.
+
+        Raises:
+            RuntimeError: in training, when something has frozen it, so that the step would train nothing.
+        """
+        if self.training and torch.is_grad_enabled() and not values.requires_grad:
+            raise RuntimeError(
+                "LIFT is attached but not active: a layer's principal values do not require gradients any more. Adapters "
+                "of PEFT, or requires_grad_(False), after lift_ds.attach do that; change the model before"
+            )
+        return values
+
+    def values_gradient(self, x: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return dL/dθ [k]; of dL/dW, which has the dtype of dL/dy, there is one tile of rows at a time.
+
+        The index is fetched, and the attachment told.
+
+        Args:
+            x: [..., inputs].
+            grad_output: dL/dy [..., outputs].
+            dtype: of θ, and of what is returned.
+        """
+        index = CompactIndex(self.principal.index(), self.principal.index.layout)
+        self.lift_attachment.note_backward(self, index)
+        grad_output = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, outputs]
+        x = x.reshape(-1, x.shape[-1]).to(grad_output.dtype)  # [tokens, inputs]
+        # dL/dW = dyᵀ x, and where it is stored transposed xᵀ dy.
+        of_rows, of_columns = (x, grad_output) if self.transposed else (grad_output, x)
+        columns, entries = index.layout.columns, entries_of(index)
+        tiles = _row_tiles(index.layout.rows, columns, HOST_TILE_ENTRIES if x.device.type == "cpu" else TILE_ENTRIES)
+        tile = x.new_empty(tiles[0].stop, columns)  # the first is the largest
+        gradient = x.new_empty(index.layout.entries, dtype=dtype)
+        for rows in tiles:
+            part = tile[: rows.stop - rows.start]
+            torch.mm(of_rows[:, rows].T, of_columns, out=part)
+            entries.gather(part.view(-1), rows.start * columns, gradient)
+        return gradient
+
+    # FSDP marks every module it takes over: the earliest moment to say that it must not.
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return False
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, value: bool) -> None:
+        raise ValueError(FSDP_AFTER_ATTACH)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" in state_dict and f"{prefix}{VALUES}" not in state_dict:
+            self._take_values_from_weight()
+
+    @torch.no_grad()
+    def _take_values_from_weight(self) -> None:
+        """Let θ follow a weight that was loaded by itself; the next step would write the old values back.
+
+        Raises:
+            RuntimeError: when the optimizer has master values of its own.
+        """
+        driver = self.lift_attachment.driver
+        if driver is not None and not driver.store.values_are_master:
+            raise RuntimeError(
+                "the state dict of a plain model was loaded after the optimizer's master values were made from other "
+                "weights, which the next step would bring back; load it before lift_ds.initialize or the training"
+            )
+        held, values = self.weight.view(-1)[self.principal_index.long()], self.principal_values  # [k]
+        # Where the weight is what θ was rounded to, θ is the better value.
+        values.copy_(torch.where(values.to(held.dtype) == held, values, held.to(values.dtype)))
 
     @property
     def principal_values(self) -> nn.Parameter:
@@ -137,55 +191,20 @@ class PrincipalLayer(nn.Module):
         held = self.weight.view(-1)[index.long()]  # [k]
         return torch.equal(held, self.principal_values.to(held.dtype))
 
-    def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the layer's output for x [..., n]."""
-        raise NotImplementedError
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        """Return dL/dx [..., n] for dL/dy [..., m]."""
-        raise NotImplementedError
-
-    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
-        """Form some rows of dL/dW.
-
-        Args:
-            x: [tokens, inputs].
-            grad_output: dL/dy [tokens, outputs], in the dtype of x.
-            rows: of `weight` as it is stored.
-            out: [rows, columns of `weight`] in the dtype of x, overwritten.
-        """
-        raise NotImplementedError
-
 
 class LiftLinear(PrincipalLayer, nn.Linear):
-    """`nn.Linear`, weight [m, n] = [out, in]."""
+    """`nn.Linear`, weight [m, n] = [outputs, inputs]."""
 
-    def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        return grad_output @ self.weight.to(grad_output.dtype)
-
-    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
-        torch.mm(grad_output[:, rows].T, x, out=out)  # [some of out, in]
+    transposed = False
 
 
 class LiftConv1D(PrincipalLayer, Conv1D):
-    """The transposed linear layer of GPT-2, weight [in, out].
+    """The transposed linear layer of GPT-2, weight [inputs, outputs].
 
     The low-rank approximation of Wᵀ is the transpose of that of W, so the selection needs no transposition.
     """
 
-    def apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = x @ self.weight.to(x.dtype)
-        return y if bias is None else y + bias.to(x.dtype)
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        return grad_output @ self.weight.to(grad_output.dtype).T
-
-    def weight_gradient(self, x: Tensor, grad_output: Tensor, rows: slice, out: Tensor) -> None:
-        torch.mm(x[:, rows].T, grad_output, out=out)  # [some of in, out]
+    transposed = True
 
 
 #: Class of a layer as the model has it -> class that manages it. The class is swapped in place, so that the module

@@ -32,7 +32,8 @@ class LiftAdamW(torch.optim.AdamW):
             parameters trained densely beside, matrices decay too, vectors (norms, biases) do not.
 
     Raises:
-        ValueError: when the model has no LIFT attached, or a setting is out of range.
+        ValueError: when the model has no LIFT attached, another library has changed it since, or a setting is out of
+            range.
     """
 
     def __init__(
@@ -43,7 +44,10 @@ class LiftAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        attachment = require_attachment(params) if isinstance(params, nn.Module) else None
+        attachment = None
+        if isinstance(params, nn.Module):
+            attachment = require_attachment(params)
+            attachment.require_trainable(params)
         groups = _parameter_groups(params, weight_decay) if isinstance(params, nn.Module) else params
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._kernel: Any = None
@@ -102,7 +106,7 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
             return
         if any(id(p) in values for group in optimizer.param_groups for p in group["params"]):
             driver.step_applied()
-        elif attachment.gradient_seen:  # before the first gradient it is DeepSpeed that sets up its states
+        elif attachment.reached:  # before the first gradient it is DeepSpeed that sets up its states
             raise RuntimeError(
                 "LIFT is attached but not active: DeepSpeed drives this optimizer over its own partitions and nobody "
                 "writes them back. Build the engine with lift_ds.initialize(...), or add lift_ds.LiftCallback()"

@@ -19,7 +19,7 @@ from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
 class IndexWords(nn.Parameter):
     """The words of an index: a parameter, so that ZeRO-3 shards it, of whole numbers, which cannot have gradients."""
 
-    @property  # type: ignore[override]
+    @property
     def requires_grad(self) -> bool:
         return False
 

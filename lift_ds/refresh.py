@@ -29,6 +29,7 @@ from lift_ds.logs import get_logger, is_main_rank
 from lift_ds.refresh_plan import Jobs, RefreshPlan, plan_refresh
 from lift_ds.selection import Selected, carry_over, select_principal
 from lift_ds.store import PrincipalStore, Selection
+from lift_ds.targets import kinds_of
 
 logger = get_logger()
 
@@ -167,10 +168,12 @@ class Driver:
         self._optimizer = optimizer
         self.reports: list[RefreshReport] = []
         self.plan = self._plan()
-        attachment.driver = self
+        attachment.driver, attachment.partitioned = self, store.sharded
         own = self.plan.jobs_of(store.rank)
         attachment.subspaces = {name: start for name, start in attachment.subspaces.items() if name in own}
         self._unfinished: list[RefreshReport] = []  # parts of the refresh that is under way
+        self._untrained = [*attachment.layers]  # as far as has been looked
+        self._looks = 0
 
     def _plan(self) -> RefreshPlan:
         layers = self.attachment.layers
@@ -207,6 +210,24 @@ class Driver:
                 self._require_equal(names, write_first=True)
                 self._refresh(steps, due)
         self.store.release()
+        if self._looks == 0 or (self._looks == 1 and due is not None and self.plan.completes(steps)):
+            self._tell_untrained(steps)
+
+    def _tell_untrained(self, step: int) -> None:
+        """Name the matrices that no gradient has reached: after the first step, and where it lasts after a refresh."""
+        if not self._untrained:
+            return
+        layers = {name: self.attachment.layers[name] for name in self._untrained}
+        reached = self.store.on_any_rank([layer in self.attachment.ever_reached for layer in layers.values()])
+        self._untrained = [name for name, found in zip(layers, reached, strict=True) if not found]
+        self._looks += 1
+        if self._untrained:
+            logger.warning(
+                "after step %d no gradient has reached %d of %d managed matrices, which are not trained: %s. The model "
+                "reads these weights without calling their layers, or they take no part in the loss; exclude_modules "
+                "leaves them out",
+                step, len(self._untrained), len(self.attachment.layers), ", ".join(kinds_of(self._untrained)),
+            )  # fmt: skip
 
     def check_state(self) -> None:
         """Check that optimizer and weights agree, as after loading a checkpoint; all ranks call.

@@ -39,6 +39,8 @@ class PrincipalStore(Protocol):
     ranks: int
     #: Whether θ is away from its layer between steps (ZeRO-3).
     sharded: bool
+    #: Whether θ is what the optimizer updates, and not rounded from a master value apart.
+    values_are_master: bool
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         """Return the whole weight [m, n] on the owner, None on the other ranks; all of them call."""
@@ -58,6 +60,9 @@ class PrincipalStore(Protocol):
         Raises:
             ValueError: on every rank, if any of them gives a failure; with the first one's text.
         """
+
+    def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether it is set on any rank; all of them call."""
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         """Make the index of a layer whole on every rank within the context."""
@@ -94,6 +99,7 @@ class DenseStore:
     """
 
     rank, ranks, sharded = 0, 1, False
+    values_are_master = True
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -115,6 +121,9 @@ class DenseStore:
         if failure:
             raise ValueError(failure)
         return [list(numbers)]
+
+    def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return nullcontext()

@@ -138,12 +138,17 @@ def unmanaged_summary(model: nn.Module, targets: Targets) -> list[str]:
     reserved = _reserved_weights(model)
     known = {id(module.weight) for module in targets.layers.values()}
     known |= {id(model.get_submodule(name).weight) for name in targets.left_frozen}  # said apart
-    kinds: Counter[str] = Counter()
+    named = []
     for name, parameter in model.named_parameters():
         shape = logical_shape(parameter)
-        if len(shape) < 2 or name in targets.dense or id(parameter) in reserved | known:
-            continue
-        kinds[f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {list(shape)}"] += 1
+        if len(shape) >= 2 and name not in targets.dense and id(parameter) not in reserved | known:
+            named.append(f"{name} {list(shape)}")
+    return kinds_of(named)
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """Gather names that differ in the numbers of their layers, as "model.layers.*.mlp.down_proj x 24"."""
+    kinds = Counter(re.sub(r"[.][0-9]+(?=[.])", ".*", name) for name in names)
     return [f"{kind} x {count}" for kind, count in kinds.items()]
 
 

@@ -53,6 +53,8 @@ class MasterCopyStore(DenseStore):
         wrapper: DeepSpeed's optimizer.
     """
 
+    values_are_master = False
+
     def __init__(self, wrapper: FP16_UnfusedOptimizer) -> None:
         super().__init__(wrapper.optimizer)
         self._masters = {
@@ -72,6 +74,8 @@ class _RankedStore:
         group: the data-parallel ranks.
     """
 
+    values_are_master = False
+
     def __init__(self, group: Any) -> None:
         self._group = group
         self.rank = comm.get_rank(group=group)
@@ -88,6 +92,12 @@ class _RankedStore:
         if failed.numel():
             raise ValueError(self._text_of(failure, int(failed[0])))
         return everyone[:, 1:].tolist()
+
+    def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """One all-reduce."""
+        anywhere = torch.tensor(flags, dtype=torch.int32, device=get_accelerator().current_device_name())
+        comm.all_reduce(anywhere, op=comm.ReduceOp.MAX, group=self._group)
+        return [bool(flag) for flag in anywhere.tolist()]
 
     def _total(self, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Add up the counts of all ranks, int64 [len(counts), 2]; one all-reduce."""

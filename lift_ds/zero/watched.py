@@ -30,6 +30,7 @@ _STORE_CALLS = {
     "collect": "gathering",
     "hand_out": "handing out the index of",
     "agree": "agreeing on the selections",
+    "on_any_rank": "agreeing on the layers that were trained",
     "read_state": "reading the state of",
     "replace": "storing the state of",
     "write_back": "writing back the trained values",
