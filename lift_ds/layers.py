@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from lift_ds.compiled import TracedLinear, input_gradient, product
@@ -207,9 +208,17 @@ class LiftConv1D(PrincipalLayer, Conv1D):
     transposed = True
 
 
+class LiftFalconLinear(LiftLinear):
+    """The linear layer of Falcon, weight [out, in]; it is `nn.Linear` up to where its bias is added and rounded."""
+
+
 #: Class of a layer as the model has it -> class that manages it. The class is swapped in place, so that the module
 #: object, its parameters, hooks and names stay what they were.
-MANAGED_CLASSES: dict[type[nn.Module], type[PrincipalLayer]] = {nn.Linear: LiftLinear, Conv1D: LiftConv1D}
+MANAGED_CLASSES: dict[type[nn.Module], type[PrincipalLayer]] = {
+    nn.Linear: LiftLinear,
+    Conv1D: LiftConv1D,
+    FalconLinear: LiftFalconLinear,
+}
 
 
 def principal_layers(model: nn.Module) -> Iterator[tuple[str, PrincipalLayer]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,42 +14,36 @@ import transformers
 from torch import nn
 
 from lift_ds.attach import dry_attach
-from lift_ds.config import LiftConfig, read_json_object
+from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer, principal_layers
 from lift_ds.logs import get_logger
-from lift_ds.planner.presets import PRESETS, preset_named
+from lift_ds.planner.architecture import Architecture, read_architecture
+from lift_ds.planner.configuration import in_one_line, left_out, read_content, settings_of
 
-#: Fields of a config.json without which transformers would fill in those of some other model.
-NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")
+#: The classes of language models, each with the configurations it is for: those with a decoder alone, those with an
+#: encoder too, those that see images.
+_CAUSAL = (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+_WITH_ENCODER = (transformers.AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+_WITH_IMAGES = (transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What the formulas need to know of a model.
+class ModelFacts(Architecture):
+    """What the formulas need to know of a model: the sizes of its architecture, and its matrices.
 
     Args:
         name: as the user called it.
         shapes: dotted name -> (m, n) of each managed matrix, in the order of the model.
         entries: dotted name -> k.
         others: elements of each parameter that LIFT does not manage.
-        hidden: h.
-        intermediate: i, of the feed-forward layers.
-        key_value: c, width of keys.
-        heads: of the queries.
-        layers: L.
-        vocabulary: V.
+        left_out: sizes that its configuration leaves to transformers, see `configuration`.
     """
 
     name: str
     shapes: dict[str, tuple[int, int]]
     entries: dict[str, int]
     others: tuple[int, ...]
-    hidden: int
-    intermediate: int
-    key_value: int
-    heads: int
-    layers: int
-    vocabulary: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def managed(self) -> int:
@@ -66,64 +60,68 @@ def read_facts(model: str, config: LiftConfig) -> ModelFacts:
     """Find the facts of a model; nothing is downloaded, no weight allocated.
 
     Args:
-        model: a preset, or a folder with a config.json, or such a file.
+        model: a named size, or a folder with a config.json, or such a file.
         config: LIFT's settings, which say what is managed and how many entries are trained.
 
     Raises:
         ValueError: for an unknown model, a configuration without a needed field, or one LIFT cannot manage.
     """
-    settings = load_config(model)
-    return facts_of(model, settings, build_on_meta(settings, config))
-
-
-def load_config(model: str) -> Any:
-    """Return the transformers configuration of a preset or folder.
-
-    Raises:
-        ValueError: as `read_facts`.
-    """
-    preset = preset_named(model)
-    if preset is not None:
-        content, source = dict(preset.config), model
-    else:
-        path = Path(model)
-        path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise ValueError(
-                f"--model {model!r} is neither a size ({', '.join(PRESETS)}) nor a folder with a config.json"
-            )
-        content, source = read_json_object(str(path)), str(path)
-    kind = content.pop("model_type", None)
-    if kind not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{source}: model_type={kind!r} is no model of transformers {transformers.__version__}")
-    aliases = transformers.CONFIG_MAPPING[kind].attribute_map
-    missing = [name for name in NEEDED if name not in content and aliases.get(name) not in content]
-    if missing:
-        raise ValueError(f"{source}: has no {', '.join(missing)}; a plan needs {', '.join(NEEDED)}")
-    wrong = [name for name in NEEDED if not _is_count(content.get(name, content.get(aliases.get(name, ""))))]
-    if wrong:
-        raise ValueError(f"{source}: {wrong[0]} is no whole number of at least 1")
-    return transformers.AutoConfig.for_model(kind, **content)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    content, source = read_content(model)
+    settings = settings_of(content, source)
+    facts = facts_of(model, settings, build_on_meta(settings, config))
+    return dataclasses.replace(facts, left_out=left_out(settings, content))
 
 
 def build_on_meta(settings: Any, config: LiftConfig) -> nn.Module:
-    """Build a causal language model in bf16 on the meta device and attach LIFT to it.
+    """Build a language model in bf16 on the meta device and attach LIFT to it.
 
     Args:
         settings: its transformers configuration.
         config: LIFT's settings.
 
     Raises:
-        ValueError: when there is no such causal language model, or LIFT cannot manage it.
+        ValueError: when transformers has no language model for it or cannot build it, or LIFT cannot manage it.
     """
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    build = _builder_of(settings)
+    try:
+        with torch.device("meta"):
+            model = build(settings, dtype=torch.bfloat16)
+    except Exception as error:  # whatever a model's code does not expect of its configuration
+        kind = type(settings).__name__
+        raise ValueError(f"transformers cannot build a model from this {kind}: {in_one_line(error)}") from error
     with _quiet():
         return dry_attach(model, config)
+
+
+def _builder_of(settings: Any) -> Any:
+    """Return what builds the model of a configuration.
+
+    That is the class that the configuration names in `architectures`, where transformers has it. Otherwise it is a
+    language model: with an encoder where the configuration has one, one that sees images where it has a section for
+    them, else one with a decoder alone.
+    """
+    for name in settings.architectures or ():
+        named: Any = getattr(transformers, name, None)
+        if _fits(named, settings):
+            return named._from_config
+    kinds = [_CAUSAL, _WITH_ENCODER, _WITH_IMAGES]
+    if settings.is_encoder_decoder:
+        kinds = [_WITH_ENCODER, _WITH_IMAGES, _CAUSAL]
+    elif "vision_config" in settings.sub_configs:
+        kinds = [_WITH_IMAGES, _CAUSAL, _WITH_ENCODER]
+    for automatic, known in kinds:
+        if type(settings) in known:
+            return automatic.from_config
+    raise ValueError(
+        f"transformers {transformers.__version__} has no language model of model_type={settings.model_type!r}"
+    )
+
+
+def _fits(found: Any, settings: Any) -> bool:
+    """Tell whether a class is a model for a configuration, and more than one that ends in its last hidden states."""
+    if not isinstance(found, type) or getattr(found, "config_class", None) is not type(settings):
+        return False
+    return found is not transformers.MODEL_MAPPING.get(type(settings), None)
 
 
 @contextlib.contextmanager
@@ -145,22 +143,14 @@ def facts_of(name: str, settings: Any, model: nn.Module) -> ModelFacts:
         settings: its transformers configuration.
         model: on any device.
     """
-    settings = settings.get_text_config()
     layers = dict(principal_layers(model))
     known = {id(p) for layer in layers.values() for p in (layer.weight, *layer.principal.parameters())}
-    heads = settings.num_attention_heads
-    head = getattr(settings, "head_dim", None) or settings.hidden_size // heads
     return ModelFacts(
         name=name,
         shapes={name: _shape(layer) for name, layer in layers.items()},
         entries={name: layer.entries() for name, layer in layers.items()},
         others=tuple(p.numel() for p in model.parameters() if id(p) not in known),
-        hidden=settings.hidden_size,
-        intermediate=settings.intermediate_size,
-        key_value=head * (getattr(settings, "num_key_value_heads", None) or heads),
-        heads=heads,
-        layers=settings.num_hidden_layers,
-        vocabulary=settings.vocab_size,
+        **vars(read_architecture(settings, model)),
     )
 
 

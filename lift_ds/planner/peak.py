@@ -3,6 +3,7 @@
 Symbols as in `formulas`; t tokens of a micro-batch on a rank, h hidden size, i width of the feed-forward layer, c width
 of keys (and of values), a heads, V vocabulary, L layers. The model is a decoder of the Llama family in transformers:
 RMSNorm in fp32, rotary embeddings, attention that does not store its scores, gated feed-forward, frozen embeddings.
+`architecture` has the sizes by which any other model is taken for one.
 `benchmarks/footprint.py` counts each moment in real runs, with and without activation checkpointing.
 """
 

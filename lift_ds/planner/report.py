@@ -20,7 +20,7 @@ def table(plan: Plan) -> str:
     lines = [*_summary(plan), "", head, "-" * len(head)]
     for row in plan.rows:
         lines.append(_row(plan, row) + ("  <- recommended" if row is plan.recommended else ""))
-    return "\n".join([*lines, "", *_legend(plan), "", *_advice(plan)])
+    return "\n".join([*lines, "", *_legend(plan), *_remarks(plan), "", *_advice(plan)])
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -59,6 +59,21 @@ def _legend(plan: Plan) -> list[str]:
         f"net GB: received per GPU and step; refresh s: of one refresh, every {plan.config.refresh_interval} steps;",
         "step s has its share of that. Memory and bytes are checked against real runs; times rest on the speeds above.",
     ]
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """Say what is assumed about this model in particular, a line each."""
+    facts = plan.facts
+    lines = []
+    if facts.differences:
+        lines.append(
+            "Activations (in the peak) and times are estimated as of a decoder of the Llama family; this model has: "
+            + "; ".join(facts.differences)
+            + "."
+        )
+    if facts.left_out:
+        lines.append(f"Its text_config leaves to the defaults of transformers: {', '.join(facts.left_out)}.")
+    return lines
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -108,6 +123,8 @@ def record(plan: Plan) -> dict[str, Any]:
             "managed_parameters": facts.managed,
             "trained_entries": sum(facts.entries.values()),
             "matrices": len(facts.shapes),
+            "differs_from_llama": list(facts.differences),
+            "left_to_defaults": list(facts.left_out),
         },
         "cluster": {"nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node, "host_gb": cluster.host_gb}
         | {f"gpu_{name}": value for name, value in vars(hardware).items()},

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lift_ds import LiftConfig
 from lift_ds.layers import principal_layers
+from lift_ds.planner.configuration import load_config
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import (
     GRADIENTS,
@@ -29,7 +30,7 @@ from lift_ds.planner.formulas import (
     network_step,
     persistent,
 )
-from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of, load_config
+from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.refresh import refresh_work
 from lift_ds.refresh_plan import plan_refresh
 from lift_ds.selection.cost import selection_cost
