@@ -20,6 +20,7 @@ from lift_ds.optimizer import LiftAdamW
 from lift_ds.zero.facade import bind
 from lift_ds.zero.options import refuse_options, refuse_pipeline
 from lift_ds.zero.partitioned import is_partitioned
+from lift_ds.zero.plain_weights import save_plain_16bit_models
 from lift_ds.zero.watched import follow_engine
 
 logger = get_logger()
@@ -75,6 +76,7 @@ def initialize(
     )
     bind(model, engine.optimizer)
     commit_and_verify(engine)
+    save_plain_16bit_models(engine)
     follow_engine(engine)
     return engine, ds_optimizer, loader, schedule
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 PRINCIPAL = "principal"
 VALUES = f"{PRINCIPAL}.values"
 #: Names of what a managed layer has more than a plain one, in its state dict.
-PRINCIPAL_KEYS = (VALUES, f"{PRINCIPAL}.index.words")
+INDEX_WORDS = f"{PRINCIPAL}.index.words"
+PRINCIPAL_KEYS = (VALUES, INDEX_WORDS)
 
 #: Entries of dW that are formed at a time: 32 MiB in bf16. The host's are to stay in its cache until they are gathered;
 #: smaller ones than these cost its products more (each packs the activations again) than the gathering gains.
@@ -106,8 +107,8 @@ class PrincipalLayer(nn.Module):
         """
         if self.training and torch.is_grad_enabled() and not values.requires_grad:
             raise RuntimeError(
-                "LIFT is attached but not active: a layer's principal values do not require gradients any more. Adapters "
-                "of PEFT, or requires_grad_(False), after lift_ds.attach do that; change the model before"
+                "LIFT is attached but not active: a layer's principal values do not require gradients any more. "
+                "Adapters of PEFT, or requires_grad_(False), after lift_ds.attach do that; change the model before"
             )
         return values
 

@@ -18,11 +18,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lift_ds import watch
-from lift_ds.attachment import Attachment
+from lift_ds.attachment import Attachment, require_attachment
 from lift_ds.config import LiftConfig
 from lift_ds.layers import PrincipalLayer
 from lift_ds.logs import get_logger, is_main_rank
@@ -134,6 +134,22 @@ class RefreshReport:
         return text + fallback_note(self.fell_back)
 
 
+def refreshes(model: nn.Module) -> list[RefreshReport]:
+    """Return what the refreshes of this process did, oldest first.
+
+    Args:
+        model: the model LIFT is attached to, or a wrapper of it such as DeepSpeed's engine.
+
+    Returns:
+        A report for each; empty before the first, and where no optimizer is bound yet.
+
+    Raises:
+        ValueError: when LIFT is not attached.
+    """
+    driver = require_attachment(model).driver
+    return [] if driver is None else list(driver.refreshes)
+
+
 def fallback_note(matrices: int) -> str:
     """Return what a log line says of matrices in which "chebyshev" fell back to "gram"."""
     if not matrices:
@@ -160,6 +176,7 @@ class Driver:
     Attributes:
         plan: who selects in which matrix, and when.
         reports: what the refreshes of this process did, or the parts of them, oldest first.
+        refreshes: the same for whole refreshes, when their last part is made.
     """
 
     def __init__(self, attachment: Attachment, store: PrincipalStore, optimizer: Any) -> None:
@@ -167,6 +184,7 @@ class Driver:
         self.store = store
         self._optimizer = optimizer
         self.reports: list[RefreshReport] = []
+        self.refreshes: list[RefreshReport] = []
         self.plan = self._plan()
         attachment.driver, attachment.partitioned = self, store.sharded
         own = self.plan.jobs_of(store.rank)
@@ -296,7 +314,9 @@ class Driver:
         self.reports.append(report)
         self._unfinished.append(report)
         if self.plan.completes(report.step):
-            logger.info("%s", RefreshReport.of(self._unfinished))
+            whole = RefreshReport.of(self._unfinished)
+            logger.info("%s", whole)
+            self.refreshes.append(whole)
             self._unfinished = []
 
     def _select(self, jobs: Jobs) -> tuple[dict[str, Selection], list[_Work]]:

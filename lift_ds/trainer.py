@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import transformers.trainer
-from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.integrations.deepspeed import deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from lift_ds import checkpoint
 from lift_ds.attachment import require_attachment
-from lift_ds.checkpoint import Layout, subspaces
+from lift_ds.checkpoint import Layout, principal, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.ranks import by_main
-from lift_ds.refresh import Driver
+from lift_ds.refresh import Driver, RefreshReport
+from lift_ds.trainer_logs import FiguresInLogs, figures
 from lift_ds.watched_saves import WatchedSaves
-from lift_ds.zero.facade import bind
+from lift_ds.zero.facade import bind, without_accelerate
+from lift_ds.zero.fragments import refuse_universal_by_wrong_links
+from lift_ds.zero.options import refuse_options
+from lift_ds.zero.plain_weights import replace_scripts
 from lift_ds.zero.universal import restore
 
 
@@ -29,19 +33,30 @@ class LiftCallback(WatchedSaves):
 
     With DeepSpeed or without, with LiftAdamW or the Trainer's own AdamW (both hold the principal values as ordinary
     parameters): after every applied step the weights hold the trained values, and the selection is refreshed when due.
-    The reports of the refreshes go into the Trainer's log history. Each checkpoint is committed when all ranks have
-    written it, and only then are those deleted that `save_total_limit` has no room for.
+    The Trainer logs after each refresh, with its figures (`lift_churn`, ...). Each checkpoint is committed when all
+    ranks have written it, and only then are those deleted that `save_total_limit` has no room for. Saved models are
+    plain ones.
 
     Args:
         resume_from_checkpoint: the folder that is given to `trainer.train`, where it is not the last one in
             `output_dir`; needed for a universal checkpoint, of which DeepSpeed loads a part.
+
+    Raises:
+        ValueError: the DeepSpeed configuration of the TrainingArguments has an option that LIFT does not support.
     """
 
     def __init__(self, resume_from_checkpoint: str | os.PathLike[str] | None = None) -> None:
+        refuse_options(deepspeed_config() or {})
         self._driver: Driver | None = None
         self._reported = 0
         self._resumed = resume_from_checkpoint
         self._rotations = _HeldRotations()
+        self._logs = FiguresInLogs(self)
+
+    @property
+    def refreshes(self) -> list[RefreshReport]:
+        """What the refreshes of this training did, oldest first."""
+        return [] if self._driver is None else list(self._driver.refreshes)
 
     def on_train_begin(
         self,
@@ -53,31 +68,37 @@ class LiftCallback(WatchedSaves):
         **kwargs: Any,
     ) -> None:
         require_attachment(model)
+        optimizer = without_accelerate(optimizer)
+        refuse_options(_deepspeed_file(args))
         self._rotations.hold(str(args.output_dir))
-        while isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        self._logs.hold()
         if state.global_step > 0:
             if self._resumed is None:
                 refuse_half_a_universal(args)
             else:
                 _finish_universal(model, optimizer, self._resumed)
         self._driver = bind(model, optimizer)
+        self._reported = len(self._driver.refreshes)
         if state.global_step > 0:
-            subspaces.restore(model, self._resumed or _checkpoint(args, state))
-            self._driver.check_state()
+            self._restore(model, self._resumed or _checkpoint(args, state))
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def _restore(self, model: Any, directory: str | os.PathLike[str]) -> None:
+        """Take from a checkpoint what neither the Trainer nor DeepSpeed has loaded, and check what they have."""
         assert self._driver is not None
+        principal.restore(model, directory)
+        subspaces.restore(model, directory)
+        self._driver.check_state()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for report in self.refreshes[self._reported :]:
+            self._logs.add(figures(report))
+            control.should_log |= args.logging_strategy != IntervalStrategy.NO
+        self._reported = len(self.refreshes)
         super().on_step_end(args, state, control)
         self._clear_the_way(args, state, control)
-        for report in self._driver.reports[self._reported :]:
-            state.log_history.append(
-                {"step": state.global_step, "lift_churn": report.churn, "lift_refresh_seconds": report.seconds}
-            )
-        self._reported = len(self._driver.reports)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +116,7 @@ class LiftCallback(WatchedSaves):
     ) -> None:
         directory = _checkpoint(args, state)
         try:
+            by_main(lambda: _complete(model, directory, args))
             checkpoint.commit(model, directory, step=state.global_step, layout=layout_of(args))
         except (*WRITER_ERRORS, ValueError) as error:
             raise save_error(directory, error) from error
@@ -105,6 +127,7 @@ class LiftCallback(WatchedSaves):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._rotations.release()
+        self._logs.release()
         super().on_train_end(args, state, control)
 
     def _clear_the_way(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -159,14 +182,26 @@ def layout_of(args: TrainingArguments) -> Layout:
     return Layout(args.world_size, config.get_value("zero_optimization.stage", 0)) if config else Layout(1, 0)
 
 
+def _complete(model: Any, directory: Path, args: TrainingArguments) -> None:
+    """Add what LIFT needs to go on from what a Trainer has saved, and let the rest give plain models."""
+    if _deepspeed_file(args):
+        replace_scripts(directory)
+    else:
+        principal.write(model, directory)
+
+
+def _deepspeed_file(args: TrainingArguments) -> dict[str, Any]:
+    config = getattr(args, "hf_deepspeed_config", None)
+    return config.config if config is not None else {}
+
+
 def refuse_half_a_universal(args: TrainingArguments) -> None:
     """Refuse to go on from a universal checkpoint of which only DeepSpeed's part can have been loaded.
 
     Raises:
         ValueError: the DeepSpeed configuration asks for universal checkpoints.
     """
-    config = getattr(args, "hf_deepspeed_config", None)
-    if config is not None and config.config.get("checkpoint", {}).get("load_universal"):
+    if _deepspeed_file(args).get("checkpoint", {}).get("load_universal"):
         raise ValueError(
             '"load_universal": true, but LiftCallback does not know the checkpoint, of which DeepSpeed leaves out the '
             "weights and indices that LIFT trains: give LiftCallback(resume_from_checkpoint=...) the folder that "
@@ -181,5 +216,6 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 def _finish_universal(model: Any, wrapper: Any, directory: str | os.PathLike[str]) -> None:
     """Load what DeepSpeed has left out of a universal checkpoint; of others it has loaded everything."""
     if by_main(lambda: checkpoint.read(directory)["universal"]):
+        refuse_universal_by_wrong_links(wrapper)
         (states,) = Path(directory).glob("global_step*")
         restore(model, wrapper, states)

@@ -15,6 +15,7 @@ from lift_ds.checkpoint.failed_save import LATEST, WRITER_ERRORS, SaveError, fai
 from lift_ds.logs import get_logger
 from lift_ds.ranks import by_main
 from lift_ds.zero.nvme import restore_states
+from lift_ds.zero.plain_weights import replace_scripts
 from lift_ds.zero.universal import restore
 
 logger = get_logger()
@@ -65,6 +66,7 @@ def _saver(save: Any) -> Any:
                 # `latest` names a checkpoint only when it is whole, so that is not for DeepSpeed to write.
                 save(save_dir, tag, client_state or {}, save_latest=False)
             stop_together(failures)
+            by_main(lambda: replace_scripts(save_dir))
             checkpoint.commit(self.module, folder, step=self.global_steps, layout=layout_of(self), latest=save_latest)
             if save_latest:
                 by_main(lambda: manifest.write_whole(Path(save_dir) / LATEST, tag))

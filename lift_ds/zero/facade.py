@@ -6,13 +6,14 @@ engine.step()  ->  wrapper.step()      DeepSpeed: overflow check, clipping, Adam
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from deepspeed import comm
-from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -28,6 +29,7 @@ from lift_ds.store import PrincipalStore
 from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
+from lift_ds.zero.options import refuse_pipeline
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watched import follow_training, watched_store
@@ -38,24 +40,34 @@ logger = get_logger()
 def bind(model: nn.Module, optimizer: Any) -> Driver:
     """Let LIFT run after every applied step of an optimizer; binding again changes nothing.
 
+    For loops of one's own, after the engine is built: `lift_ds.bind(engine, engine.optimizer)`, or with Accelerate
+    `lift_ds.bind(model, optimizer)` of what `accelerator.prepare` returned. `lift_ds.initialize` and `LiftCallback`
+    do it by themselves. All ranks call; no collective runs.
+
     Args:
-        model: the model LIFT is attached to, or a wrapper of it.
-        optimizer: `engine.optimizer` of DeepSpeed at any ZeRO stage, or a torch optimizer of Adam's kind.
+        model: the model LIFT is attached to, or a wrapper of it such as DeepSpeed's engine.
+        optimizer: `engine.optimizer` of DeepSpeed at any ZeRO stage, or a torch optimizer of Adam's kind; Accelerate's
+            wrapper of either.
 
     Returns:
         The driver that runs after its steps.
 
     Raises:
-        ValueError: when LIFT is not attached, the optimizer does not train the principal values, or it is of a kind
-            whose states LIFT cannot reach.
+        ValueError: when LIFT is not attached, another library has changed the model since, the optimizer does not train
+            the principal values, or it is of a kind whose states LIFT does not know.
     """
     attachment = require_attachment(model)
+    attachment.require_trainable(model)
+    refuse_pipeline(model)
+    optimizer = without_accelerate(optimizer)
+    leave_out_of_saved_models(model)
     driver = getattr(optimizer, "driver", None)
     if isinstance(driver, Driver) and driver.attachment is attachment:
         if not attachment.hooks:  # a LiftAdamW that drives itself
             follow_training(model, optimizer, driver)
         return driver
     _require_values(attachment, optimizer)
+    _require_adam(getattr(optimizer, "optimizer", optimizer))
     _warn_if_dropped(attachment, optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         driver, _ = drive_plain(optimizer, attachment)
@@ -68,7 +80,6 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
             optimizer.optimizer.step_with(_cpu_adam(optimizer.optimizer))
-    leave_out_of_saved_models(model)
     _run_after_applied_steps(optimizer, driver)
     optimizer.driver = driver
     follow_training(model, optimizer, driver)
@@ -142,16 +153,38 @@ def _require_values(attachment: Attachment, optimizer: Any) -> None:
         )
 
 
+def _require_adam(optimizer: Any) -> None:
+    """Check that an optimizer keeps the states that a refresh carries over: two moments of Adam, and nothing else."""
+    adam = isinstance(optimizer, (torch.optim.Adam, DeepSpeedCPUAdam, FusedAdam))
+    if not adam or any(group.get("amsgrad") for group in optimizer.param_groups):
+        kind = f"{type(optimizer).__name__} with amsgrad" if adam else type(optimizer).__name__
+        raise ValueError(
+            f"the optimizer is {kind}: LIFT carries Adam's two moments from one selection to the next, and knows no "
+            'other states; use lift_ds.LiftAdamW, or torch\'s AdamW (optim="adamw_torch" of a Trainer)'
+        )
+
+
 def _warn_if_dropped(attachment: Attachment, optimizer: Any) -> None:
     """Say so when a LiftAdamW was built for the model and another optimizer trains it."""
     built, inner = attachment.optimizer, getattr(optimizer, "optimizer", optimizer)
     if built is not None and inner is not built:
+        group = inner.param_groups[0]
         logger.warning(
-            "a LiftAdamW was built for this model, but %s trains it, with settings of its own. Under DeepSpeed the "
-            "Trainer drops `optimizers=(LiftAdamW(...), ...)`; give it "
-            '`optimizer_cls_and_kwargs=(lift_ds.LiftAdamW, {"model": model, "lr": ...})` instead',
-            type(inner).__name__,
-        )
+            "a LiftAdamW was built for this model, but %s trains it, by settings of its own: lr %g, betas %s. Under "
+            "DeepSpeed a Trainer drops `optimizers=(LiftAdamW(...), ...)`. Its own AdamW trains the principal values "
+            "too: build no LiftAdamW, and set learning_rate, adam_beta1 and adam_beta2 in the Trainer's arguments. "
+            "Trainer, SFTTrainer and RewardTrainer also take "
+            '`optimizer_cls_and_kwargs=(lift_ds.LiftAdamW, {"model": model, "lr": ...})`',
+            type(inner).__name__, group["lr"], tuple(group["betas"]),
+        )  # fmt: skip
+
+
+def without_accelerate(optimizer: Any) -> Any:
+    """Return what Accelerate's wrappers of an optimizer hold, if the program uses Accelerate."""
+    kind = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", None)
+    while kind is not None and isinstance(optimizer, kind):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _is_offloaded(wrapper: Any) -> bool:

@@ -30,6 +30,22 @@ def link_in_flat_order(wrapper: DeepSpeedZeroOptimizer) -> None:
     wrapper._param_slice_mappings = wrapper._create_param_mapping()
 
 
+def refuse_universal_by_wrong_links(wrapper: Any) -> None:
+    """Refuse to go on from a universal checkpoint that DeepSpeed has loaded before the links were right.
+
+    Args:
+        wrapper: DeepSpeed's optimizer, to which LIFT is not bound yet.
+
+    Raises:
+        ValueError: the configuration has `"round_robin_gradients": true`.
+    """
+    if getattr(wrapper, "round_robin_gradients", False):
+        raise ValueError(
+            '"round_robin_gradients": true: DeepSpeed has given the states of a universal checkpoint to other '
+            "parameters than theirs; leave the option out to resume from one in a Trainer"
+        )
+
+
 def _link(self: Any) -> None:
     """What DeepSpeed's method of this name does, with the place of each parameter in the flat group."""
     if self.cpu_offload:
