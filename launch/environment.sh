@@ -82,6 +82,24 @@ requeue_if_further() {
   sleep infinity # until SLURM ends this attempt
 }
 
+# Ends with the exit code of DeepSpeed's command. Where its launcher was killed it returns 0 all the same; so the record of
+# the run has to say that it has finished.
+train_by_deepspeed() {
+  local code=0 started=$OUTPUT/launch/.started-$$
+  touch "$started"
+  deepspeed "$@" > >(tee -a "$log") 2> >(tee -a "$log" >&2) &
+  # A signal that ends this script ends the command; its ranks see to themselves.
+  trap 'kill -TERM $! 2> /dev/null' TERM INT HUP
+  wait $! || code=$?
+  while kill -0 $! 2> /dev/null; do wait $! || code=$?; done
+  if [ "$code" = 0 ] && ! { [ "$OUTPUT/launch/resolved.json" -nt "$started" ] && grep -q '"finished"' "$OUTPUT/launch/resolved.json"; }; then
+    echo "error: the deepspeed command has ended before the training had; continue by the same command" >&2
+    code=1
+  fi
+  rm -f "$started"
+  exit "$code"
+}
+
 cd "$repository"
 VENV=${VENV:-$repository/.venv}
 if [ -x "$VENV/bin/python" ]; then export PATH="$VENV/bin:$PATH"; fi

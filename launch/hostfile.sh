@@ -20,5 +20,4 @@ for name in $(passed_on); do echo "$name=${!name}"; done > "$DS_ENV_FILE"
 # A node that is gone without a word is noticed after half a minute.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
-exec deepspeed --hostfile "$HOSTFILE" --launcher pdsh --force_multi --master_port "$PORT" \
-  "${training[@]}" "$@" > >(tee -a "$log") 2> >(tee -a "$log" >&2)
+train_by_deepspeed --hostfile "$HOSTFILE" --launcher pdsh --force_multi --master_port "$PORT" "${training[@]}" "$@"

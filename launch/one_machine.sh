@@ -5,4 +5,4 @@ source "$(dirname "$0")/environment.sh"
 
 ranks=$(ranks_here)
 PORT=$(choose_port)
-exec deepspeed --num_gpus "$ranks" --master_port "$PORT" "${training[@]}" "$@" > >(tee -a "$log") 2> >(tee -a "$log" >&2)
+train_by_deepspeed --num_gpus "$ranks" --master_port "$PORT" "${training[@]}" "$@"

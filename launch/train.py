@@ -41,7 +41,6 @@ except ImportError as missing:
 
 import datasets
 import deepspeed
-import torch
 import torch.distributed as dist
 import transformers
 from datasets import Dataset
@@ -54,10 +53,11 @@ import lift_ds
 import lift_ds.checkpoint
 import lift_ds.trainer
 from lift_ds import watch
+from lift_ds.attachment import require_attachment
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.demo import run as demo
 from lift_ds.logs import get_logger, is_main_rank
-from lift_ds.training import arguments, finished, launcher, loading, meeting, record, reporting, saving
+from lift_ds.training import arguments, finished, launcher, loading, meeting, model_card, record, reporting, saving
 from lift_ds.training.evaluation import Evaluation, of_demo, of_held_out
 from lift_ds.training.shared_memory import unlink_shared_memory
 from lift_ds.training.trainer import CheckedTrainer
@@ -83,7 +83,8 @@ class Job:
     args: arguments.TrainArguments
     trainer: CheckedTrainer
     tokenizer: PreTrainedTokenizerBase
-    base_dtype: torch.dtype
+    base: loading.Base
+    about: model_card.Trained
     checkpoint: str | None
     evaluation: Evaluation | None
     demo_base: Path | None
@@ -135,6 +136,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     """
     values, given = arguments.make_parser().read(argv)
     arguments.settle_by_file(values, given)
+    arguments.check_method(values, given)
     script = arguments.build(arguments.ScriptArguments, values)
     is_demo = arguments.check_sources(script)
     if is_demo:
@@ -169,13 +171,30 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if held_out is not None:
         evaluation = of_held_out(held_out, script.eval_max_rows, args.seed)
     args.eval_on_start = evaluation is not None
-    model, base_dtype = loading.load_model(script, args)
+    model, base = loading.load_model(script, args)
     attention = model.config._attn_implementation
     logger.info("%s: attention by %s, weights in %s", script.model_name_or_path, attention, model.dtype)
     trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation, checkpoint)
     if checkpoint is not None and script.method == "lift":
         lift_ds.checkpoint.verify(model, checkpoint, lift_ds.trainer.layout_of(args))
-    return Job(script, args, trainer, tokenizer, base_dtype, checkpoint, evaluation, demo_base)
+    about = describe(script, args, config, model, len(train_rows))
+    trainer.write_card, trainer.use_cache = about.write_card, base.use_cache
+    return Job(script, args, trainer, tokenizer, base, about, checkpoint, evaluation, demo_base)
+
+
+def describe(
+    script: arguments.ScriptArguments,
+    args: arguments.TrainArguments,
+    config: lift_ds.LiftConfig,
+    model: PreTrainedModel,
+    rows: int,
+) -> model_card.Trained:
+    """Gather what the model's card will say."""
+    if script.method != "lift":
+        return model_card.Trained(script, args, None, 1.0, rows)
+    attachment = require_attachment(model)
+    share = attachment.entries() / sum(layer.shape().numel() for layer in attachment.layers.values())
+    return model_card.Trained(script, args, config, share, rows)
 
 
 def prepare_demo(values: arguments.Values) -> Path:
@@ -244,15 +263,19 @@ def train(job: Job) -> None:
     folder = str(job.args.output_dir)
     try:
         with watch.during("saving the trained model", whole=True):
-            tensors = saving.save_plain(model, job.tokenizer, folder, job.base_dtype)
+            tensors = saving.save_plain(model, job.tokenizer, folder, job.base)
     except WRITER_ERRORS as error:
         raise save_error(folder, error, "model") from error
     if not is_main_rank():
         return
+    losses = ""
     if job.evaluation is not None:
         before = reporting.first_losses(trainer.state.log_history)
-        print(reporting.loss_table(before, after, job.evaluation.metrics))
-    print(f"saved to {folder}: a plain Hugging Face model ({tensors} tensors, {job.base_dtype}) and its tokenizer")
+        losses = reporting.loss_table(before, after, job.evaluation.metrics)
+        print(losses)
+    job.about.write_card(folder, losses)
+    print(f"saved to {folder}: a plain Hugging Face model ({tensors} tensors, {job.base.dtype}) and its tokenizer")
+    record.note_end(folder)
     if job.demo_base is not None:
         unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
         print(demo.answer_one(folder, job.demo_base))

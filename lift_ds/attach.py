@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lift_ds.attachment import Attachment, attachment_of, erase, record, require_attachment
-from lift_ds.config import LiftConfig
+from lift_ds.config import USUAL_DENSITY, LiftConfig
 from lift_ds.layers import MANAGED_CLASSES, PRINCIPAL, PrincipalLayer, logical_shape
 from lift_ds.logs import get_logger
 from lift_ds.principal import PrincipalSet
@@ -28,8 +28,8 @@ logger = get_logger()
 #: Flat positions are stored as int32.
 _MAX_ENTRIES = 2**31 - 1
 
-#: Share of the managed entries that the paper trains, and the one above which a log line says how to get there.
-_USUAL_DENSITY, _LARGE_SHARE = 0.05, 0.2
+#: Share of the managed entries above which a log line says how to train fewer.
+_LARGE_SHARE = 0.2
 
 
 def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
@@ -204,8 +204,8 @@ def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_ba
         logger.warning(
             "budget_rank %d trains %.1f%% of these matrices, since they are small; the paper trains about 5%%, "
             "which is density %g (or budget_rank %d)",
-            config.budget_rank, 100 * entries / total, _USUAL_DENSITY,
-            max(1, round(_USUAL_DENSITY * total / sum(sum(shape) for shape in shapes))),
+            config.budget_rank, 100 * entries / total, USUAL_DENSITY,
+            max(1, round(USUAL_DENSITY * total / sum(sum(shape) for shape in shapes))),
         )  # fmt: skip
     whole = sum(config.lra_rank >= min(shape) for shape in shapes)
     if whole:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from lift_ds.config import LiftConfig
+from lift_ds.config import USUAL_DENSITY, LiftConfig
 from lift_ds.planner import ds_file, plot, report
 from lift_ds.planner.estimate import METHODS, Cluster
 from lift_ds.planner.hardware import DEVICES, Hardware, device_for
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
     lift = plan.add_argument_group("LIFT")
     lift.add_argument("--deepspeed", help='a DeepSpeed file, for the settings of its "lift" block')
-    lift.add_argument("--budget-rank", type=_count, help="128 if left out")
-    lift.add_argument("--density", type=float, help="in place of --budget-rank")
+    lift.add_argument("--budget-rank", type=_count, help="in place of --density")
+    lift.add_argument("--density", type=float, help=f"{USUAL_DENSITY:g} if neither is given")
     lift.add_argument("--lra-rank", type=_count)
     lift.add_argument("--refresh-interval", type=_count)
     output = plan.add_argument_group("output")
@@ -127,7 +127,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 def _lift_config(args: argparse.Namespace) -> LiftConfig:
     if args.budget_rank is not None and args.density is not None:
         raise ValueError(f"--budget-rank {args.budget_rank} and --density {args.density} are both given; give one")
-    config = LiftConfig.from_ds_config(args.deepspeed) if args.deepspeed else LiftConfig(budget_rank=128)
+    config = LiftConfig.from_ds_config(args.deepspeed) if args.deepspeed else LiftConfig(density=USUAL_DENSITY)
     if args.budget_rank is not None:
         config = dataclasses.replace(config, budget_rank=args.budget_rank, density=None)
     if args.density is not None:

@@ -28,6 +28,9 @@ SOLVERS = ("auto", "svd", "gram", "chebyshev")
 #: Share of a selection in which the solver "chebyshev" may differ from the exact ones.
 SELECTION_TOLERANCE = 0.005
 
+#: Share of each matrix that is trained where a command is told neither budget nor density; about that of the paper.
+USUAL_DENSITY = 0.05
+
 #: Where the index lives in ZeRO stages 1 and 2.
 INDEX_PLACEMENTS = ("sharded", "replicated")
 
@@ -152,6 +155,15 @@ class LiftConfig:
         Raises:
             ValueError: for an unknown key (the nearest known one is suggested) or an invalid value.
         """
+        return cls(**cls.checked_block(settings))
+
+    @classmethod
+    def checked_block(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of a `"lift"` block whose keys are settings; the values are not looked at.
+
+        Raises:
+            ValueError: for an unknown key (the nearest known one is suggested).
+        """
         if not isinstance(settings, Mapping):
             raise ValueError(f'the "{LIFT_BLOCK}" block is {settings!r}; it must be an object of settings')
         known = [field.name for field in dataclasses.fields(cls)]
@@ -159,7 +171,7 @@ class LiftConfig:
             if key not in known:
                 hint = _nearest(key, known) or f"; the settings are {', '.join(known)}"
                 raise ValueError(f'unknown setting {key!r} in the "{LIFT_BLOCK}" block{hint}')
-        return cls(**settings)
+        return dict(settings)
 
     @classmethod
     def from_ds_config(cls, ds_config: str | os.PathLike[str] | Mapping[str, Any]) -> LiftConfig:
@@ -178,7 +190,7 @@ class LiftConfig:
         if LIFT_BLOCK not in content:
             raise ValueError(
                 f'{_source(ds_config)} has no top-level "{LIFT_BLOCK}" block; '
-                f'add for example "{LIFT_BLOCK}": {{"budget_rank": 128, "lra_rank": 128, "refresh_interval": 200}}'
+                f'add for example "{LIFT_BLOCK}": {{"density": 0.05, "lra_rank": 128, "refresh_interval": 200}}'
             )
         return cls.from_dict(content[LIFT_BLOCK])
 

@@ -100,6 +100,15 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
     driver = Driver(attachment, DenseStore(optimizer), optimizer)
     values = {id(layer.principal_values) for layer in attachment.layers.values()}
 
+    def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for layer in attachment.layers.values():
+            moments = optimizer.state.get(layer.principal_values)
+            if moments and moments["exp_avg"].dtype != layer.principal_values.dtype:
+                raise RuntimeError(
+                    f"the model was cast to {layer.principal_values.dtype} after its first step, while the optimizer's "
+                    f"moments are {moments['exp_avg'].dtype}; cast it before lift_ds.attach"
+                )
+
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # torch's GradScaler lets a fused kernel skip by itself
         if found_inf is not None and found_inf.item():
@@ -112,6 +121,7 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
                 "writes them back. Build the engine with lift_ds.initialize(...), or add lift_ds.LiftCallback()"
             )
 
+    optimizer.register_step_pre_hook(before_step)
     return driver, optimizer.register_step_post_hook(after_step)
 
 

@@ -143,9 +143,9 @@ def withdraw(directory: Folder) -> None:
         if path.exists():
             others = newest(_siblings(directory))
             logger.warning(
-                "saving over the checkpoint %s; until this save is complete the last whole one is %s",
+                "saving over the checkpoint %s; until this save is complete %s",
                 os.fspath(directory),
-                others.taken,
+                f"the last whole one is {others.taken}" if others.taken else "there is no whole one",
             )
             path.unlink()
 

@@ -15,10 +15,11 @@ from transformers.hf_argparser import string_to_bool
 from trl import SFTConfig
 
 from lift_ds import LiftConfig
-from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, TRAIN_DEFAULTS_BLOCK, read_ds_config
+from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, TRAIN_DEFAULTS_BLOCK, USUAL_DENSITY, read_ds_config
 from lift_ds.data import ROW_LAYOUTS, TEXT_FIELD
 from lift_ds.engine import refuse_optimizer_block
 from lift_ds.logs import get_logger, is_main_rank
+from lift_ds.zero.options import refuse_options
 
 logger = get_logger()
 
@@ -27,8 +28,22 @@ METHODS = ("lift", "full", "lora")
 _PRESETS = ", ".join(TARGET_PRESETS)
 _TARGETS_HELP = f"Linear layers to train (lift, lora), by name, or a preset: {_PRESETS}. Default: all but the head."
 
+_EXCLUDE_HELP = "Modules in which nothing is trained (lift, lora), by any components of their names."
+
 #: Flags that override the setting of the same name in the "lift" block.
-LIFT_FLAGS = ("budget_rank", "density", "lra_rank", "refresh_interval", "solver", "target_modules", "stall_timeout")
+LIFT_FLAGS = (
+    "budget_rank",
+    "density",
+    "lra_rank",
+    "refresh_interval",
+    "solver",
+    "target_modules",
+    "exclude_modules",
+    "stall_timeout",
+)
+
+#: Values of the Trainer's `--optim` that mean what LiftAdamW does.
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 Values = dict[str, Any]
 Arguments = TypeVar("Arguments")
@@ -58,12 +73,13 @@ class ScriptArguments:
     eval_split_size: float = _flag("Share or number of training rows to hold out without --eval_file; 0: none.", 0.05)
     eval_max_rows: int = _flag("Most held-out rows to evaluate; of more, --seed picks some. 0: evaluate all.", 200)
 
-    budget_rank: int | None = _flag("LIFT: train as many entries of each matrix as a LoRA of this rank has.")
-    density: float | None = _flag("LIFT: train this share of each matrix, in place of --budget_rank.")
+    budget_rank: int | None = _flag("LIFT: train as many entries of each matrix as a LoRA of this rank, not --density.")
+    density: float | None = _flag("LIFT: train this share of each matrix. Default: 0.05, or what the lift block says.")
     lra_rank: int | None = _flag("LIFT: rank of the approximation that selects the entries.")
     refresh_interval: int | None = _flag("LIFT: optimizer steps between two selections.")
     solver: str | None = _flag("LIFT: how the low-rank approximation is computed.")
     target_modules: list[str] | None = field(default=None, metadata={"help": _TARGETS_HELP})
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": _EXCLUDE_HELP})
     stall_timeout: float | None = _flag("Seconds without progress after which a rank takes another one for lost.")
 
     def __post_init__(self) -> None:
@@ -206,25 +222,28 @@ def lift_config(values: Mapping[str, Any]) -> LiftConfig:
         values: all flags, None where not given.
 
     Returns:
-        The settings. Without a DeepSpeed file, those of the paper for what no flag says.
+        The settings; the defaults for what neither says, and the usual density where they give no budget.
 
     Raises:
-        ValueError: the file is unusable or brings an optimizer, or a setting is invalid.
+        ValueError: the file is unusable, brings an optimizer or has an option that LIFT does not support, or a setting
+            is invalid.
     """
     content = read_ds_config(values["deepspeed"]) if values["deepspeed"] else None
     if content is not None and values["method"] == "lift":
         refuse_optimizer_block(content)
-    # The other methods use the block's optimizer settings where there is one; it is LIFT alone that needs it.
-    with_block = content is not None and (values["method"] == "lift" or LIFT_BLOCK in content)
-    config = LiftConfig.from_ds_config(content or {}) if with_block else LiftConfig(budget_rank=128)
+        refuse_options(content)
+        if LIFT_BLOCK not in content:
+            LiftConfig.from_ds_config(content)  # says what to add
+    block = LiftConfig.checked_block((content or {}).get(LIFT_BLOCK, {}))
     overrides = {name: values[name] for name in LIFT_FLAGS if values[name] is not None}
-    if "density" in overrides:
-        overrides.setdefault("budget_rank", None)
-    elif "budget_rank" in overrides:
-        overrides["density"] = None
     if "target_modules" in overrides:
         overrides["target_modules"] = _targets(overrides["target_modules"])
-    return dataclasses.replace(config, **overrides)
+    budgets = {"budget_rank", "density"}
+    if budgets & overrides.keys():
+        block = {name: value for name, value in block.items() if name not in budgets}
+    elif not budgets & block.keys():
+        block["density"] = USUAL_DENSITY
+    return LiftConfig(**{**block, **overrides})
 
 
 def _targets(names: Sequence[str]) -> str | tuple[str, ...]:
@@ -301,6 +320,34 @@ def _take_defaults(values: Values, given: frozenset[str], content: Mapping[str, 
             )
         if flag not in given:
             values[flag] = value
+
+
+def check_method(values: Values, given: frozenset[str]) -> None:
+    """Refuse or warn of flags that the chosen method does not apply.
+
+    Args:
+        values: all flags.
+        given: those of the command line.
+
+    Raises:
+        ValueError: LIFT is asked to train by another optimizer than AdamW.
+    """
+    method = values["method"]
+    if method == "lift":
+        for flag in sorted(given & {"optim", "optim_args", "optim_target_modules"}):
+            if flag != "optim" or values["optim"] not in _ADAMW:
+                raise ValueError(
+                    f"--{flag} {values[flag]}: LIFT trains by LiftAdamW, since it carries Adam's moments from one "
+                    "selection to the next; leave the flag out"
+                )
+    shared = {"target_modules", "exclude_modules", "stall_timeout"}
+    idle = (given & set(LIFT_FLAGS) - shared if method != "lift" else set()) | (
+        given & {"lora_rank", "lora_alpha"} if method != "lora" else set()
+    )
+    if method == "full":
+        idle |= given & {"target_modules", "exclude_modules"}
+    for flag in sorted(idle):
+        logger.warning("--%s is not applied: --method is %s", flag, method)
 
 
 def settle_optimizer(values: Values, config: LiftConfig) -> None:

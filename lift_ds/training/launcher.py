@@ -104,13 +104,13 @@ def _free_port() -> int:
 
 
 def end_with_command() -> None:
-    """Let the run end when the `deepspeed` command that started it has; the first rank of each machine sees to it.
+    """Let the run end when the `deepspeed` command that started it has, or the node launcher between the two.
 
-    On other machines than its own that is when its ssh connection has ended. Nothing happens under another launcher,
-    or where the node launcher was started by neither: then whoever started it may leave it running.
+    On other machines than its own the command has ended when its ssh connection has; the first rank of each machine
+    tells the node launcher. A node launcher that was killed tells nobody, so that each rank looks for itself. Nothing
+    happens under another launcher, or where the node launcher was started by neither: then whoever started it may
+    leave it running.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
     found = _node_launcher_and_command()
     if found is not None:
         threading.Thread(target=_end_after, args=found, name="launcher watch", daemon=True).start()
@@ -135,8 +135,21 @@ def _node_launcher_and_command() -> tuple[psutil.Process, psutil.Process] | None
 
 
 def _end_after(node_launcher: psutil.Process, command: psutil.Process) -> None:
-    while command.is_running() and command.status() != psutil.STATUS_ZOMBIE:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    while _runs(node_launcher) and (_runs(command) or not first):
         time.sleep(_INTERVAL)
-    node_launcher.send_signal(signal.SIGTERM)
-    with contextlib.suppress(OSError):  # its connection may have been this process's standard error
-        print("the deepspeed command has ended: ending the run", file=sys.stderr, flush=True)
+    if first:
+        gone = "command" if _runs(node_launcher) else "launcher of this node"
+        with contextlib.suppress(OSError):  # its connection may have been this process's standard error
+            print(f"the deepspeed {gone} has ended: ending the run", file=sys.stderr, flush=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        node_launcher.send_signal(signal.SIGTERM)
+        return
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

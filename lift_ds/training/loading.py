@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,20 @@ def training_dtype(args: TrainArguments) -> torch.dtype:
     return torch.float16 if args.fp16 and args.deepspeed else torch.float32
 
 
-def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTrainedModel, torch.dtype]:
+@dataclass(frozen=True)
+class Base:
+    """What the saved model is to have of the base it came from.
+
+    Args:
+        dtype: of its checkpoint.
+        use_cache: of its configuration.
+    """
+
+    dtype: torch.dtype
+    use_cache: bool
+
+
+def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTrainedModel, Base]:
     """Load the base model in the dtype of training.
 
     Under ZeRO-3 the weights are partitioned while they load, for which `args` must exist already.
@@ -48,7 +62,7 @@ def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTraine
         args: gives the precision.
 
     Returns:
-        The model, and the dtype of its checkpoint, in which it is to be saved.
+        The model, and what of its checkpoint it is to be saved with.
 
     Raises:
         ValueError: the model cannot be found, or is no causal language model.
@@ -68,8 +82,7 @@ def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTraine
         model = _with_attention(name, script.attn_implementation, dtype, args, trusted)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable(name, error)) from error
-    model.config.use_cache = True  # the Trainer turns it off where it must; the saved model should not lose it
-    return model, base_dtype
+    return model, Base(base_dtype, getattr(config, "use_cache", True))
 
 
 def _not_loadable(name: str, error: Exception) -> str:
@@ -157,10 +170,12 @@ def lora_config(script: ScriptArguments, config: LiftConfig) -> LoraConfig:
     targets = config.target_modules
     if isinstance(targets, str):
         targets = TARGET_PRESETS[targets]
+    inside = "|".join(map(re.escape, config.exclude_modules))  # in any place of a dotted name, as LIFT means it
     return LoraConfig(
         r=script.lora_rank,
         lora_alpha=script.lora_alpha or 2 * script.lora_rank,
         target_modules="all-linear" if targets is None else list(targets),
+        exclude_modules=rf"(.*\.)?({inside})(\..*)?" if inside else None,
         task_type="CAUSAL_LM",
     )
 

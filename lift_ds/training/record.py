@@ -58,7 +58,7 @@ class RecordCallback(TrainerCallback):
             "resumes_from": self._checkpoint,
             "lift": dataclasses.asdict(self._config) | _optimizer(args) if self._config else None,
             "deepspeed": args.hf_deepspeed_config.config if args.deepspeed else None,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **package_versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
 
@@ -69,7 +69,8 @@ def _optimizer(args: TrainingArguments) -> dict[str, Any]:
     return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's result depends on."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -77,6 +78,17 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # run from a folder, without an install
             found[package] = "not installed"
     return found
+
+
+def note_end(output_dir: str) -> None:
+    """Add to the record of a run that it has finished; for one rank.
+
+    Args:
+        output_dir: the run's folder.
+    """
+    path = Path(output_dir) / RECORD
+    if path.is_file():
+        write(path, json.loads(path.read_text()) | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

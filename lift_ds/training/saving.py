@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lift_ds.logs import is_main_rank
+from lift_ds.training.loading import Base
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -24,7 +25,7 @@ def save_plain(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str,
-    dtype: torch.dtype,
+    original: Base,
 ) -> int:
     """Save a model without a trace of how it was trained; for every rank to call, rank 0 writes.
 
@@ -32,20 +33,21 @@ def save_plain(
         model: without LIFT (`detach` first); adapters of LoRA are merged, partitions of ZeRO-3 gathered.
         tokenizer: goes beside it.
         folder: where to.
-        dtype: of the base's checkpoint; floating-point tensors held in another one while training are cast.
+        original: of the base's checkpoint; floating-point tensors held in another dtype while training are cast.
 
     Returns:
         The number of tensors written; 0 on the ranks that do not write.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     held_in = base.dtype
-    state = plain_state(model, held_in, dtype)
+    state = plain_state(model, held_in, original.dtype)
     if not is_main_rank():
         return 0
+    base.config.use_cache = original.use_cache
     base.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
-    if held_in != dtype:  # save_pretrained notes the dtype of the module, and loading goes by that note
-        base.config.dtype = dtype
+    if held_in != original.dtype:  # save_pretrained notes the dtype of the module, and loading goes by that note
+        base.config.dtype = original.dtype
         base.config.save_pretrained(folder)
     assert Path(folder, "config.json").is_file(), "save_pretrained writes the configuration"
     return len(state)

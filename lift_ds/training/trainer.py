@@ -5,6 +5,7 @@ It also says which rows are longer than --max_length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ class CheckedTrainer(SFTTrainer):
     """SFTTrainer whose `SaveError` names the checkpoint that could not be saved, the reason and the last whole one."""
 
     _failures: list[SaveError]
+    #: Writes the card of a model into a folder; TRL's own knows nothing of how it was trained.
+    write_card: Callable[[str], None]
+    #: What the base's configuration has; the Trainer turns it off while it trains.
+    use_cache: bool
 
     def __init__(self, **settings: Any) -> None:
         self._rows_used: dict[str, int] = {}  # "train", or the name of a set that is evaluated -> rows
@@ -42,6 +47,18 @@ class CheckedTrainer(SFTTrainer):
         prepared = super()._prepare_dataset(fitting, processing_class, args, packing, None, dataset_name)
         self._rows_used[dataset_name] = len(fitting if packing else prepared)
         return prepared
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            self.write_card(str(self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        config: Any = self.model.config
+        in_training, config.use_cache = config.use_cache, self.use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = in_training
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

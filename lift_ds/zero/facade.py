@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -87,20 +87,19 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
 
 def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
-    kind = type(wrapper)  # and no class derived from one of these, which may keep states elsewhere
-    if kind is DeepSpeedZeroOptimizer_Stage3:
-        let_gradients_reach_leaves(model)
-        return _partitioned_parameters(wrapper, model)
-    if kind in (DeepSpeedZeroOptimizer, BF16_Optimizer):
-        if getattr(wrapper, "round_robin_gradients", False):
-            link_in_flat_order(wrapper)
-        return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
-    if kind is FP16_UnfusedOptimizer:
-        return MasterCopyStore(wrapper)
-    raise ValueError(
-        f"LIFT does not know where {kind.__name__} keeps its states; use ZeRO stage 0 to 3 with lift_ds.LiftAdamW, "
-        'without "zenflow" and "super_offload"'
-    )
+    make = STORES.get(type(wrapper))
+    if make is None:
+        raise ValueError(
+            f"LIFT does not know where {type(wrapper).__name__} keeps its states; use ZeRO stage 0 to 3 with "
+            'lift_ds.LiftAdamW, without "zenflow" and "super_offload"'
+        )
+    return make(wrapper, model, attachment)
+
+
+def _partitioned_states(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
+    if getattr(wrapper, "round_robin_gradients", False):
+        link_in_flat_order(wrapper)
+    return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
 
 
 def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
@@ -108,7 +107,7 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
     group = wrapper.real_dp_process_group[0]
     if attachment.config.index_placement == "replicated" or comm.get_world_size(group=group) == 1:
         return None
-    indices = [layer.principal.index for layer in attachment.layers.values()]
+    indices = {name: layer.principal.index for name, layer in attachment.layers.items()}
     sharded = ShardedIndex(indices, group, keep=wrapper.is_gradient_accumulation_boundary)
     # DeepSpeed calls these two around saving and loading, on every rank.
     wrapper.checkpoint_event_prologue = sharded.make_whole
@@ -116,7 +115,8 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
     return sharded
 
 
-def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParameterStore:
+def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
+    let_gradients_reach_leaves(model)
     frozen = FrozenShards(model.parameters())
     prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
 
@@ -131,6 +131,20 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module) -> PartitionedParame
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return PartitionedParameterStore(wrapper)
+
+
+def _master_copies(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
+    return MasterCopyStore(wrapper)
+
+
+#: DeepSpeed's optimizers, and how the store over each is made. Not what is derived from them: such a class may keep its
+#: states elsewhere.
+STORES: dict[type, Callable[[Any, nn.Module, Attachment], PrincipalStore]] = {
+    FP16_UnfusedOptimizer: _master_copies,
+    DeepSpeedZeroOptimizer: _partitioned_states,
+    BF16_Optimizer: _partitioned_states,
+    DeepSpeedZeroOptimizer_Stage3: _partitioned_parameters,
+}
 
 
 def _trained_parameters(optimizer: Any) -> Iterable[Tensor]:

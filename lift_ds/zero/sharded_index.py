@@ -6,12 +6,13 @@
     write-back      W.flat[I] = θ; then each keeps its own part again
 
 The gathers of one step run in the order in which backward reaches the layers. That order has to be the same on every
-rank, as ZeRO's own reduction of the gradients needs it to be.
+rank, as ZeRO's own reduction of the gradients needs it to be. That is checked at each gather of the first step, and at
+each refresh for all steps before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,17 +22,22 @@ from torch import Tensor
 
 from lift_ds.principal import PrincipalIndex
 
+_SAME_ORDER = (
+    "ZeRO 1 and 2 reduce gradients in the order of backward, which has to be the same on every rank, also without "
+    "LIFT: let all ranks run the same layers, or use ZeRO stage 0"
+)
+
 
 class ShardedIndex:
     """Holds 1/N of the words of each index; fetches and releases them around each use.
 
     Args:
-        indices: of the managed layers, whole on every rank; afterwards their words are empty.
+        indices: by the name of the managed layer, whole on every rank; afterwards their words are empty.
         group: the N data-parallel ranks.
         keep: tells during a backward whether a step follows it, so that what was gathered is kept for the write-back.
     """
 
-    def __init__(self, indices: Sequence[PrincipalIndex], group: Any, keep: Callable[[], bool]) -> None:
+    def __init__(self, indices: Mapping[str, PrincipalIndex], group: Any, keep: Callable[[], bool]) -> None:
         self._group = group
         self._rank, self._ranks = comm.get_rank(group=group), comm.get_world_size(group=group)
         self._keep = keep
@@ -41,7 +47,11 @@ class ShardedIndex:
         self._fetched: list[PrincipalIndex] = []
         self._expected: list[PrincipalIndex] = []
         self._as_expected = True
-        for index in indices:
+        self._names = list(indices)
+        self._numbers = {index: number for number, index in enumerate(indices.values())}
+        self._first_step = True
+        self._order = 0  # of all that backward fetched, as one number
+        for index in indices.values():
             self.store(index, index.words.detach())
             index.register_forward_pre_hook(self._before_use)
             index.register_forward_hook(self._after_use)
@@ -85,7 +95,29 @@ class ShardedIndex:
             self.fetch(index)
         for index in self._shards:
             self._empty(index)
+        self._first_step &= not self._fetched
         self._expected, self._fetched, self._as_expected = self._fetched, [], True
+
+    def require_same_order(self) -> None:
+        """Check that backward has reached the layers in the same order on all ranks so far; one all-gather.
+
+        Raises:
+            RuntimeError: on every rank, when it has not.
+        """
+        if len(set(self._of_all_ranks(self._order))) > 1:
+            raise RuntimeError(f"the ranks ran their layers in different orders since the last refresh; {_SAME_ORDER}")
+
+    def _require_same_layer(self, index: PrincipalIndex) -> None:
+        numbers = self._of_all_ranks(self._numbers[index])
+        if len(set(numbers)) > 1:
+            found = ", ".join(f"rank {rank} {self._names[number]}" for rank, number in enumerate(numbers))
+            raise RuntimeError(f"the ranks run different layers at the same time in backward: {found}; {_SAME_ORDER}")
+
+    def _of_all_ranks(self, number: int) -> list[int]:
+        mine = torch.tensor([number], device=self._shards[next(iter(self._shards))].device)
+        everyone = mine.new_empty(self._ranks)
+        comm.all_gather_into_tensor(everyone, mine, group=self._group)
+        return everyone.tolist()
 
     def make_whole(self) -> None:
         """Make every index whole on every rank, as a checkpoint holds them."""
@@ -109,6 +141,9 @@ class ShardedIndex:
     def _before_use(self, index: PrincipalIndex, arguments: Any) -> None:
         if index.words.numel():
             return
+        if self._first_step:
+            self._require_same_layer(index)
+        self._order = hash((self._order, self._numbers[index]))
         self.fetch(index)
         place = len(self._fetched)
         self._as_expected &= self._expected[place : place + 1] == [index]

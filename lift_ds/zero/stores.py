@@ -185,6 +185,8 @@ class PartitionedStateStore(_RankedStore):
                 put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
 
     def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        if self._index is not None:
+            self._index.require_same_order()
         return self._total([self._compared(layer, write_first) for layer in layers])
 
     def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:

@@ -66,7 +66,7 @@ def test_nothing_is_allocated(model: nn.Module) -> None:
 
 def test_the_sharded_index_of_a_rank_is_what_the_planner_says(rank: int, facts: ModelFacts) -> None:
     own = build_on_meta(load_config("70B"), CONFIG)  # sharding empties it
-    sharded = ShardedIndex([layer.principal.index for _, layer in principal_layers(own)], None, lambda: False)
+    sharded = ShardedIndex({name: layer.principal.index for name, layer in principal_layers(own)}, None, lambda: False)
     held = sum(shard.nbytes for shard in sharded._shards.values())
     expected = persistent(setting_for(facts, CONFIG, Choice("lift", 2, False, 1, 1, True, 2048), RANKS))
     assert held == expected[INDEX]

@@ -1,4 +1,4 @@
-"""Ranks of one ZeRO stage: the same seven steps with each option of DeepSpeed that is named, and without any."""
+"""The same five steps with each option of DeepSpeed, and without any; and what a broken state ends in."""
 
 from __future__ import annotations
 
@@ -11,39 +11,128 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import cases
 import engines
 import torch
+import torch.distributed as dist
+from option_cases import OPTIONS, Option
 
 import lift_ds
-from lift_ds.attachment import require_attachment
+from lift_ds.checkpoint import subspaces
 
-SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=3, solver="svd", lr=1e-3)
+SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=2, solver="svd", lr=1e-3)
 
 
-def train(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    model = cases.build("llama", dtype)
+def train(stage: int, *options: Option, bf16: bool, **choices: Any) -> dict[str, Any]:
+    """Five steps, with two refreshes; the state of the optimizer is compared with the weights at the end."""
+    config = engines.ds_config(stage, bf16=bf16, **choices)
+    for option in options:
+        option.apply(config)
+    model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
     engine = engines.lift_engine(model, config, SETTINGS)
-    losses = engines.train(engine, "llama", range(7))
+    losses = engines.train(engine, "llama", range(5))
+    engine.optimizer.driver.check_state()
     found = {
         "losses": losses,
         "indices": engines.whole_indices(model),
         "weights": engines.whole_weights(model),
-        "refreshes": [r.step for r in require_attachment(model).driver.reports],
+        "refreshes": [report.step for report in lift_ds.refreshes(engine)],
     }
     engine.destroy()
     return found
 
 
+def every_option() -> dict[str, Any]:
+    """Each option in each of its stages, and for each stage the run without any."""
+    results: dict[str, Any] = {}
+    for option in OPTIONS:
+        for stage in option.stages:
+            without = f"{'bf16' if option.bf16 else 'fp32'} stage {stage}"
+            if without not in results:
+                results[without] = train(stage, bf16=option.bf16)
+            results[option.case(stage)] = train(stage, option, bf16=option.bf16)
+    return results
+
+
+def broken_states(folder: Path) -> dict[str, Any]:
+    """A few master values change between the second step and its refresh, or while a checkpoint loads.
+
+    On rank 1; in stage 0, where each rank has all of them and looks for itself, on both.
+    """
+    results: dict[str, Any] = {}
+    for stage in range(4):
+        results[f"refresh stage {stage}"] = broken_refresh(stage)
+    for stage in (2, 3):
+        results[f"load stage {stage}"] = broken_load(stage, folder / f"stage{stage}")
+    return results
+
+
+def master_values(wrapper: Any) -> torch.Tensor:
+    """The master values that this rank has of the first parameters."""
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups")
+    first = next(getattr(wrapper, name)[0] for name in names if hasattr(wrapper, name))
+    return first[0] if isinstance(first, list) else first
+
+
+def change(engine: Any) -> None:
+    if dist.get_rank() == 1 or engine.zero_optimization_stage() == 0:
+        master_values(engine.optimizer).data[3:8] += 1.0
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    return {"weights": engines.whole_weights(engine.module), "indices": engines.whole_indices(engine.module)}
+
+
+def broken_refresh(stage: int) -> dict[str, Any]:
+    model = cases.build("llama", torch.bfloat16)
+    engine = engines.lift_engine(model, engines.ds_config(stage, bf16=True), SETTINGS)
+    driver, after = engine.optimizer.driver, {}
+    step_applied, refresh = driver.step_applied, driver._refresh
+
+    def broken_step() -> None:
+        if driver.applied_steps == 1:
+            change(engine)
+        step_applied()
+
+    driver.step_applied = broken_step
+    driver._refresh = lambda *arguments: (after.update(refreshed=True), refresh(*arguments))
+    before = state_of(engine)["indices"]
+    message = engines.message_of(lambda: engines.train(engine, "llama", range(3)))
+    after |= {"message": message, "before": before, "indices": engines.whole_indices(model)}
+    engine.destroy()
+    return after
+
+
+def broken_load(stage: int, folder: Path) -> dict[str, Any]:
+    engine = engines.lift_engine(cases.build("llama"), engines.ds_config(stage), SETTINGS)
+    engines.train(engine, "llama", range(3))
+    engine.save_checkpoint(str(folder))
+    restore = subspaces.restore
+    subspaces.restore = lambda *arguments: (restore(*arguments), change(engine))
+    try:
+        message = engines.message_of(lambda: engine.load_checkpoint(str(folder)))
+    finally:
+        subspaces.restore = restore
+    engine.load_checkpoint(str(folder))  # which is as it was
+    engine.destroy()
+    return {"message": message}
+
+
+def round_robin() -> dict[str, Any]:
+    """Round-robin gradients in every form that they have, each with the run without them."""
+    (option,) = (option for option in OPTIONS if option.key.endswith("round_robin_gradients"))
+    return {
+        f"{'with' if options else 'without'} stage {stage} bf16 {bf16} offload {offload}": train(
+            stage, *options, bf16=bf16, offload=offload
+        )
+        for stage in (1, 2)
+        for bf16 in (False, True)
+        for offload in (False, True)
+        for options in ((), (option,))
+    }
+
+
 if __name__ == "__main__":
     engines.start()
-    results = {}
-    for stage in (1, 2):
-        for bf16 in (False, True):
-            for offload in (False, True):
-                for rr in (False, True):
-                    cfg = engines.ds_config(stage, bf16=bf16, offload=offload)
-                    cfg["zero_optimization"]["round_robin_gradients"] = rr
-                    results[f"{stage} {bf16} {offload} {rr}"] = engines.message_of(
-                        lambda: results.__setitem__(
-                            f"x {stage} {bf16} {offload} {rr}", train(cfg, torch.bfloat16 if bf16 else torch.float32)
-                        )
-                    )
-    engines.finish(sys.argv[1], results)
+    what = {
+        "every_option": lambda: every_option() | broken_states(Path(sys.argv[1])),
+        "round_robin": round_robin,
+    }
+    engines.finish(sys.argv[1], what[sys.argv[2]]())

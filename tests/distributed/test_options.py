@@ -1,0 +1,144 @@
+"""Pins what each option of a DeepSpeed file comes to: it trains as without it, or is refused by its key before anything
+is loaded. The table in the documentation is made from the same cases (`tests/unit/test_docs.py`).
+
+Two ranks; round-robin gradients on two and four, in every precision and with the optimizer offloaded.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from cases import build
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
+from deepspeed.runtime.zenflow.zenflow_stage_1_and_2 import ZenFlowZeroOptimizer
+from harness import run_ranks
+from option_cases import EXACT, OPTIONS, REFUSED_VALUES, Option
+from torch import nn
+
+import lift_ds
+from lift_ds.zero.facade import STORES
+from lift_ds.zero.options import REFUSED, refuse_options, refuse_pipeline
+
+Results = dict[str, Any]
+CASES = [pytest.param(option, stage, id=option.case(stage)) for option in OPTIONS for stage in option.stages]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return run_ranks("options", 2, tmp_path_factory.mktemp("options"), "every_option")
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: list[Results]) -> Results:
+    return ranks[0]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_refresh_does_not_trust_a_state_that_is_not_that_of_the_weights(ranks: list[Results], stage: int) -> None:
+    """Both ranks stop, before anything is selected; in stages 1 to 3 it is rank 1 that has the wrong values."""
+    for results in ranks:
+        run = results[f"refresh stage {stage}"]
+        assert "the optimizer's master values are not the trained weights in 1 of 14 matrices" in run["message"]
+        assert re.search(r"the first of them model\.layers\.\d\.\w+\.\w+_proj \(at 5 of \d+ entries\)", run["message"])
+        assert "refreshed" not in run
+        assert all(torch.equal(run["indices"][name], index) for name, index in run["before"].items())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_loaded_checkpoint_is_not_trusted_either(ranks: list[Results], stage: int) -> None:
+    for results in ranks:
+        message = results[f"load stage {stage}"]["message"]
+        assert "RuntimeError: the optimizer's master values are not the trained weights in 1 of 14" in message
+
+
+@pytest.mark.parametrize(("option", "stage"), CASES)
+def test_an_option_that_works_changes_nothing(option: Option, stage: int, runs: Results) -> None:
+    found, expected = runs[option.case(stage)], runs[f"{'bf16' if option.bf16 else 'fp32'} stage {stage}"]
+    assert found["refreshes"] == [2, 4]
+    if option.outcome != EXACT:
+        # Rounded to bfloat16 on the way, clipped or summed: steps of the same size in directions nearly the same.
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        return
+    check_equal(found, expected)
+
+
+def check_equal(found: Results, expected: Results) -> None:
+    """Sums in another order at most: float32's 6e-8 a step; bfloat16 rounds such differences away."""
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    for name, index in expected["indices"].items():
+        assert torch.equal(found["indices"][name], index), name
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-6)
+
+
+ROUND_ROBIN = [f"stage {s} bf16 {b} offload {o}" for s in (1, 2) for b in (False, True) for o in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def round_robin_on_two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks("options", 2, tmp_path_factory.mktemp("round_robin"), "round_robin")[0]
+
+
+@pytest.fixture(scope="module")
+def round_robin_on_four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks("options", 4, tmp_path_factory.mktemp("round_robin_on_four"), "round_robin")[0]
+
+
+@pytest.mark.slow  # float32 without offload is among the options
+@pytest.mark.parametrize("case", ROUND_ROBIN)
+def test_round_robin_gradients_change_nothing(case: str, round_robin_on_two: Results) -> None:
+    check_equal(round_robin_on_two[f"with {case}"], round_robin_on_two[f"without {case}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ROUND_ROBIN)
+def test_round_robin_gradients_change_nothing_on_four_ranks(case: str, round_robin_on_four: Results) -> None:
+    check_equal(round_robin_on_four[f"with {case}"], round_robin_on_four[f"without {case}"])
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.key)
+def test_an_option_that_is_not_supported_is_refused_by_its_key(refused: Any) -> None:
+    """By `initialize`, before the model is touched."""
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "lift": {"density": 0.1}}
+    Option(refused.key, REFUSED_VALUES[refused.key], ()).apply(config)
+    model = build("llama")
+    with pytest.raises(ValueError, match="in the DeepSpeed configuration is not supported") as error:
+        lift_ds.initialize(model=model, config=config)
+    assert str(error.value).startswith(f"{refused.key}=")
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}},
+        {"compile": {"deepcompile": False}, "hybrid_engine": {"enabled": False}},
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": False, "ratio": 1.0}}},
+        {"zero_optimization": {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zenflow": None}},
+        {"zero_optimization": True, "bf16": {"enabled": "auto"}},
+    ],
+    ids=str,
+)
+def test_an_option_that_is_off_is_not_refused(config: dict[str, Any]) -> None:
+    refuse_options(config)
+
+
+def test_a_pipeline_is_refused() -> None:
+    class Stages(PipelineModule):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)  # its own needs ranks
+
+    with pytest.raises(ValueError, match="Stages is a PipelineModule, which is not supported"):
+        refuse_pipeline(Stages())
+
+
+def test_classes_derived_from_an_optimizer_of_deepspeed_are_not_taken_for_it() -> None:
+    """They may keep their states elsewhere, as those of ZenFlow and SuperOffload do."""
+    for kind in (SuperOffloadOptimizer_Stage3, ZenFlowZeroOptimizer):
+        assert issubclass(kind, tuple(STORES))
+        assert kind not in STORES
