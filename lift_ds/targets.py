@@ -70,9 +70,9 @@ def find_targets(model: nn.Module, config: LiftConfig) -> Targets:
     linear = {name: module for name, module in model.named_modules() if type(module) in MANAGED_CLASSES}
     candidates = _candidates(model, linear)
     excluded = _excluded(model, config.exclude_modules)
-    candidates = {name: module for name, module in candidates.items() if name not in excluded}
     by_name = isinstance(config.target_modules, tuple)
     chosen = _named(model, config.target_modules, candidates, linear)
+    chosen = _without_excluded(config, chosen, excluded)
     heads, dense = _new_heads(model, {*excluded, *(chosen if by_name else ())})
     chosen = {name: module for name, module in chosen.items() if f"{name}.weight" not in dense}
     frozen = tuple(name for name, module in chosen.items() if not module.weight.requires_grad)
@@ -192,6 +192,19 @@ def _named(
     if unmatched and (not isinstance(target_modules, str) or not chosen):
         _refuse_unmatched(model, target_modules, unmatched, candidates, linear)
     return chosen
+
+
+def _without_excluded(
+    config: LiftConfig, chosen: dict[str, nn.Module], excluded: Collection[str]
+) -> dict[str, nn.Module]:
+    left = {name: module for name, module in chosen.items() if name not in excluded}
+    patterns = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in left):
+            raise ValueError(f"target_modules name {pattern!r} matches only layers that exclude_modules leaves out")
+    if not left:
+        raise ValueError(f"exclude_modules={list(config.exclude_modules)} leaves no layer that LIFT could manage")
+    return left
 
 
 def _new_heads(model: nn.Module, apart: Collection[str]) -> tuple[tuple[str, ...], set[str]]:

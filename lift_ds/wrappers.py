@@ -22,11 +22,6 @@ FSDP_AFTER_ATTACH = (
 )
 
 
-def is_dtensor(tensor: Tensor) -> bool:
-    """Tell whether a tensor is sharded by torch.distributed.tensor, as those of FSDP2 are."""
-    return _is_one_of(tensor, "torch.distributed.tensor", "DTensor")
-
-
 def refuse_before_attach(model: nn.Module) -> None:
     """Refuse to attach to a model that PEFT or FSDP has changed.
 
@@ -61,6 +56,20 @@ def refuse_after_attach(model: nn.Module) -> None:
         raise ValueError(FSDP_AFTER_ATTACH)
 
 
+def refuse_dtensors(*tensors: Tensor) -> None:
+    """Refuse tensors that torch.distributed.tensor has sharded, before a kernel takes them for memory of their own.
+
+    Raises:
+        ValueError: one of them is a DTensor.
+    """
+    if any(_is_dtensor(tensor) for tensor in tensors):
+        raise ValueError(FSDP_AFTER_ATTACH)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return _is_one_of(tensor, "torch.distributed.tensor", "DTensor")
+
+
 def _has_adapters(model: nn.Module) -> bool:
     return any(_is_one_of(module, "peft.tuners.tuners_utils", "BaseTunerLayer") for module in model.modules())
 
@@ -68,7 +77,7 @@ def _has_adapters(model: nn.Module) -> bool:
 def _is_sharded_by_fsdp(model: nn.Module) -> bool:
     if any(_is_one_of(module, "torch.distributed.fsdp", "FullyShardedDataParallel") for module in model.modules()):
         return True
-    return any(is_dtensor(parameter) for parameter in model.parameters())
+    return any(_is_dtensor(parameter) for parameter in model.parameters())
 
 
 def _is_one_of(thing: Any, module: str, name: str) -> bool:

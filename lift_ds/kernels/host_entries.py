@@ -14,6 +14,7 @@ from torch import Tensor
 from lift_ds.kernels._host import copy_entries
 from lift_ds.kernels.torch_entries import TorchEntries
 from lift_ds.selection.encoding import CompactIndex
+from lift_ds.wrappers import refuse_dtensors
 
 #: (of the piece, of the values) -> number of the loop in host_entries.c; other pairs are left to torch.
 _KINDS = {
@@ -62,6 +63,7 @@ class HostEntries:
 
     def _copy(self, kind: int, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> None:
         words, layout = self._index.words, self._index.layout
+        refuse_dtensors(words, piece, values)
         assert words.dtype == torch.int32, "the words of an index are int32"
         for tensor in (words, piece, values):
             assert tensor.device.type == "cpu", f"the kernel of the host cannot reach {tensor.device}"

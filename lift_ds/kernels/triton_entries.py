@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lift_ds.selection.encoding import CompactIndex
+from lift_ds.wrappers import refuse_dtensors
 
 #: Entries a program copies at a time; 5% of a row of 4,096 are 205.
 _CHUNK = 256
@@ -128,6 +129,7 @@ class TritonEntries:
             values: [k].
             gather: from piece to values; else from values to piece.
         """
+        refuse_dtensors(self._columns, piece, values)
         assert piece.is_contiguous(), "a piece is a range of flat positions"
         assert values.is_contiguous(), "the values stand in the order of the index"
         n, (p, q), stop = self._layout.columns, self._layout.block_shape, start + piece.numel()
