@@ -127,8 +127,6 @@ class Attachment:
         copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces))
         memo[id(self)] = copied
         copied.layers = copy.deepcopy(self.layers, memo)
-        for layer in copied.layers.values():
-            layer.__dict__["lift_handle"] = handle_for(layer)
         return copied
 
     def entries(self) -> int:

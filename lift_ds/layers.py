@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from lift_ds.compiled import TracedLinear, input_gradient, product
+from lift_ds.compiled import TracedLinear, handle_for, input_gradient, product
 from lift_ds.kernels import entries_of
 from lift_ds.principal import PrincipalSet
 from lift_ds.selection.encoding import CompactIndex
@@ -137,6 +138,12 @@ class PrincipalLayer(nn.Module):
             torch.mm(of_rows[:, rows].T, of_columns, out=part)
             entries.gather(part.view(-1), rows.start * columns, gradient)
         return gradient
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrincipalLayer:
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__dict__["lift_handle"] = handle_for(copied)  # else a compiled graph would take it for the original
+        return copied
 
     # FSDP marks every module it takes over: the earliest moment to say that it must not.
     @property

@@ -66,6 +66,11 @@ def test_an_option_that_works_changes_nothing(option: Option, stage: int, runs: 
     check_equal(found, expected)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_engine_trains_the_same(stage: int, runs: Results) -> None:
+    check_equal(runs[f"compiled stage {stage}"], runs[f"fp32 stage {stage}"])
+
+
 def check_equal(found: Results, expected: Results) -> None:
     """Sums in another order at most: float32's 6e-8 a step; bfloat16 rounds such differences away."""
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-6)

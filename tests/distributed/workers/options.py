@@ -20,13 +20,15 @@ from lift_ds.checkpoint import subspaces
 SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=2, solver="svd", lr=1e-3)
 
 
-def train(stage: int, *options: Option, bf16: bool, **choices: Any) -> dict[str, Any]:
+def train(stage: int, *options: Option, bf16: bool, compiled: bool = False, **choices: Any) -> dict[str, Any]:
     """Five steps, with two refreshes; the state of the optimizer is compared with the weights at the end."""
     config = engines.ds_config(stage, bf16=bf16, **choices)
     for option in options:
         option.apply(config)
     model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
     engine = engines.lift_engine(model, config, SETTINGS)
+    if compiled:
+        engine.compile(backend="aot_eager")
     losses = engines.train(engine, "llama", range(5))
     engine.optimizer.driver.check_state()
     found = {
@@ -48,6 +50,8 @@ def every_option() -> dict[str, Any]:
             if without not in results:
                 results[without] = train(stage, bf16=option.bf16)
             results[option.case(stage)] = train(stage, option, bf16=option.bf16)
+    for stage in (2, 3):
+        results[f"compiled stage {stage}"] = train(stage, bf16=False, compiled=True)
     return results
 
 
