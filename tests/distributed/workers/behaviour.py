@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import engines
 import torch
 import torch.distributed as dist
 from deepspeed import comm
+from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -25,6 +28,7 @@ import lift_ds
 from lift_ds.attachment import require_attachment
 from lift_ds.refresh import Driver
 from lift_ds.zero.partitioned import gathered
+from lift_ds.zero.plain_weights import plain_state_dict
 
 #: With so large a tolerance the solver stops early, and what it selects depends on where it started: a resume that lost
 #: the subspaces would show.
@@ -221,16 +225,44 @@ def index_traffic(stage: int, placement: str, accumulation: int) -> dict[str, An
     return result
 
 
-def saved_by_transformers(stage: int, folder: str) -> set[str]:
-    """The keys that `save_pretrained` writes of a model in training."""
-    engine, model = start(stage)
-    engines.train(engine, "llama", range(1))
-    path = f"{folder}/saved{stage}"
-    if dist.get_rank() == 0:
-        model.save_pretrained(path)
+def saved_models(stage: int, bf16: bool, folder: str) -> dict[str, Any]:
+    """What each way of saving gives of a model in training; and its weights, with master values in float32."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    engine, model = start(stage, bf16=bf16, zero_optimization=zero)
+    engines.train(engine, "llama", range(4))
+    found: dict[str, Any] = {"weights": engines.whole_weights(model)}
+    engine.save_16bit_model(f"{folder}/16bit{stage}")
+    found["refused"] = engines.message_of(lambda: engine.save_16bit_model(folder, exclude_frozen_parameters=True))
+    if stage < 3 and dist.get_rank() == 0:
+        model.save_pretrained(f"{folder}/saved{stage}")
+    if stage > 0:
+        engine.save_checkpoint(f"{folder}/converted{stage}")
+        masters = found["weights"] | {"model.norm.weight": safe_get_full_fp32_param(model.model.norm.weight)}
+        for name, layer in require_attachment(model).layers.items():
+            with engines.whole_index(model, layer):
+                index = layer.principal_index.long()
+            weight = masters[f"{name}.weight"] = found["weights"][f"{name}.weight"].float()
+            weight.view(-1)[index] = driver_of(engine).store.read_state(layer).master
+        found["masters"] = masters
     dist.barrier()
+    found["16bit"] = torch.load(f"{folder}/16bit{stage}/pytorch_model.bin")
+    if stage < 3:
+        found["save_pretrained"] = load_file(f"{folder}/saved{stage}/model.safetensors")
+    if stage > 0:
+        found["converted"] = plain_state_dict(f"{folder}/converted{stage}")
     engine.destroy()
-    return set(load_file(f"{path}/model.safetensors"))
+    return found
+
+
+def converted_by_script(folder: str) -> dict[str, torch.Tensor]:
+    """What the script beside a checkpoint of stage 3 writes, started as one does."""
+    if dist.get_rank() == 0:
+        source, target = f"{folder}/converted3", f"{folder}/script"
+        command = [sys.executable, f"{source}/zero_to_fp32.py", source, target, "--safe_serialization"]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        subprocess.run(command, check=True, timeout=120, env=environment)
+    dist.barrier()
+    return load_file(f"{folder}/script/model.safetensors")
 
 
 def resume(stage: int, cut: int, folder: str, *, in_place: bool = False, **options: Any) -> dict[str, Any]:
@@ -275,7 +307,7 @@ def shipped_files() -> dict[str, dict[str, Any]]:
         found[path.stem] = {
             "losses": losses,
             "stage": engine.zero_optimization_stage(),
-            "budget_rank": require_attachment(model).config.budget_rank,
+            "density": require_attachment(model).config.density,
             "cpu_kernel": inner._kernel is not None,
         }
         engine.destroy()
@@ -350,7 +382,9 @@ if __name__ == "__main__":
                 stage, "sharded", accumulation
             )
     results["index replicated"] = index_traffic(2, "replicated", 1)
-    results["saved"] = saved_by_transformers(2, folder)
+    for stage, bf16 in ((0, False), (0, True), (2, True), (3, True)):
+        results[f"saved stage {stage} bf16 {bf16}"] = saved_models(stage, bf16, f"{folder}/{bf16}")
+    results["converted by script"] = converted_by_script(f"{folder}/True")
     results["resume bf16 stage 1"] = resume(1, 4, folder, bf16=True)
     results["partitioned loading"] = partitioned_loading(folder)
     results["shipped files"] = shipped_files()
