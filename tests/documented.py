@@ -1,4 +1,8 @@
-"""Commands whose output the documentation shows; `python tests/documented.py` writes what they print now."""
+"""What the documentation shows of the program: outputs of commands, and tables made from code.
+
+`python tests/documented.py` writes what they are now. In a page a table stands between `<!-- made: NAME -->` and
+`<!-- end -->`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,19 @@ import contextlib
 import io
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from lift_ds import cli
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+
+import option_cases
+import transformers
+
+from lift_ds import LiftConfig, cli
+from lift_ds.config import USUAL_DENSITY
+from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of, read_facts
+from lift_ds.planner.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -16,9 +30,37 @@ DOCS = Path(__file__).parents[1] / "docs"
 _SHOWN = re.compile(r"^    \$ lift-ds (?P<command>.*)\n(?:(?:    .*|)\n)*?(?=\S|\Z)", re.MULTILINE)
 
 
+_MADE = re.compile(r"(?P<begin><!-- made: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+
+
 def refreshed(text: str) -> str:
-    """Return a page with the output of each of its `lift-ds` commands as it is now."""
-    return _SHOWN.sub(lambda shown: f"    $ lift-ds {shown['command']}\n{_output(shown['command'])}\n", text)
+    """Return a page with the output of each of its `lift-ds` commands, and with each table, as they are now."""
+    text = _SHOWN.sub(lambda shown: f"    $ lift-ds {shown['command']}\n{_output(shown['command'])}\n", text)
+    return _MADE.sub(lambda made: f"{made['begin']}{TABLES[made['name']]()}{made['end']}", text)
+
+
+def shares() -> str:
+    """The share that `budget_rank` 128 trains of models of each size, and the rank nearest to the usual density."""
+    config = LiftConfig(budget_rank=128)
+    small = transformers.LlamaConfig(  # of the published config.json of SmolLM2-135M
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+    models = {"SmolLM2-135M": facts_of("", small, build_on_meta(small, config))}
+    models |= {preset.hub_name.split("/")[-1]: read_facts(size, config) for size, preset in PRESETS.items()}
+    lines = ["| model | trained by `budget_rank` 128 | `budget_rank` nearest to 5% |", "|---|---|---|"]
+    for name, facts in models.items():
+        share = sum(facts.entries.values()) / facts.managed
+        lines.append(f"| {name} | {share:.1%} | {_nearest_rank(facts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _nearest_rank(facts: ModelFacts) -> int:
+    return round(USUAL_DENSITY * facts.managed / sum(map(sum, facts.shapes.values())))
+
+
+#: Name of a table -> what makes it.
+TABLES: dict[str, Callable[[], str]] = {"options": option_cases.table, "shares": shares}
 
 
 def _output(command: str) -> str:
@@ -30,8 +72,9 @@ def _output(command: str) -> str:
 
 
 def pages() -> list[Path]:
-    """Return the pages that show such output."""
-    return [page for page in sorted(DOCS.rglob("*.md")) if _SHOWN.search(page.read_text())]
+    """Return the pages that show such output or tables."""
+    texts = {page: page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+    return [page for page, text in texts.items() if _SHOWN.search(text) or _MADE.search(text)]
 
 
 if __name__ == "__main__":
