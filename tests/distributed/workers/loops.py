@@ -17,9 +17,8 @@ import cases
 import engines
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from sentences import tokenizer
+from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import lift_ds
@@ -147,20 +146,13 @@ def trainer_ddp_instance() -> Result:
 
 def sft_trainer(stage: int) -> Result:
     """TRL's SFTTrainer on the same rows."""
-    vocabulary = {f"t{i}": i for i in range(cases.VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="t0")),
-        pad_token="t0",
-        eos_token="t1",
-        unk_token="t0",
-    )
     args = arguments(SFTConfig, zero(stage), max_length=None, loss_type="nll")
     model = lift_ds.attach(cases.build("llama"), SETTINGS)
     trainer = SFTTrainer(
         model=model,
         args=args,
         train_dataset=rows(),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         optimizer_cls_and_kwargs=adam_for_trainer(model),
     )
     return run_trainer(trainer, model)

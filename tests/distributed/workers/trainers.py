@@ -17,17 +17,13 @@ import cases
 import engines
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
+from sentences import ROWS, reward, sentences, t5, tokenizer, translations
 from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -50,29 +46,9 @@ import lift_ds
 from lift_ds.reference import ReferenceLift
 from lift_ds.targets import find_targets
 
-STEPS, ROWS = 10, 64
+STEPS = 10
 #: With Adam's usual eps of 1e-8 the rounding of vanishing gradients becomes whole updates.
 SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=4, solver="svd", lr=4e-4, eps=1e-6)
-
-WORDS = {f"t{i}": i for i in range(cases.VOCABULARY)}
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel(WORDS, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", eos_token="t1", unk_token="t0")
-
-
-def sentences(seed: int, words: int) -> list[str]:
-    """A sentence a row, of one length, so that a mean over ranks is one over rows."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(2, cases.VOCABULARY, (ROWS, words), generator=generator)
-    return [" ".join(f"t{i}" for i in row) for row in rows.tolist()]
-
-
-def reward(completions: list[str], **kwargs: Any) -> list[float]:
-    """Differs from completion to completion: how many of its words have an even number."""
-    return [sum(int(word[1:]) % 2 == 0 for word in text.split()) / 8 for text in completions]
 
 
 def sizes() -> dict[str, Any]:
@@ -83,12 +59,6 @@ def reward_model() -> nn.Module:
     torch.manual_seed(1)
     settings = sizes() | {"intermediate_size": 80, "pad_token_id": 0, "num_labels": 1, "max_position_embeddings": 64}
     return LlamaForSequenceClassification(LlamaConfig(**settings))
-
-
-def t5() -> nn.Module:
-    torch.manual_seed(1)
-    settings = {"vocab_size": cases.VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**settings, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0))
 
 
 def arguments(kind: type, ds: dict[str, Any] | None, **more: Any) -> Any:
@@ -150,11 +120,8 @@ def _rollouts(trainer: type[Trainer], config: type, ds: Any) -> Made:
 
 
 def seq2seq(ds: Any) -> Made:
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(2, cases.VOCABULARY, (ROWS, 12), generator=generator).tolist()
-    rows = [{"input_ids": row[:7], "attention_mask": [1] * 7, "labels": row[7:]} for row in ids]
     args = arguments(Seq2SeqTrainingArguments, ds)
-    return t5(), lambda model, **how: Seq2SeqTrainer(model=model, args=args, train_dataset=rows, **how)
+    return t5(), lambda model, **how: Seq2SeqTrainer(model=model, args=args, train_dataset=translations(), **how)
 
 
 KINDS: dict[str, Callable[[Any], Made]] = {

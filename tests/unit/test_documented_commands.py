@@ -1,0 +1,132 @@
+"""Pins that each command that the documentation shows is one: programs, files and make targets exist, and what reads
+the command line takes every flag. Of other people's programs only the name is known.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.runner import parse_args as parse_deepspeed
+from pages import PAGES, REPOSITORY, blocks
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from lift_ds import cli, universal
+from lift_ds.study.command import make_parser as make_study_parser
+from lift_ds.training.arguments import make_parser as make_train_parser
+
+#: Programs that are not this project's.
+FOREIGN = {"git", "cd", "pip", "hf", "export", "squeue", "scancel", "tail", "cat"}
+
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a block, continued lines joined."""
+    joined = text.replace("\\\n", " ")
+    return [part.strip() for line in joined.splitlines() for part in line.split("&&") if part.strip()]
+
+
+COMMANDS = sorted({command for block in blocks("bash") for command in commands(block.text)})
+
+
+def check_training(arguments: list[str]) -> None:
+    """Check the flags of launch/train.py."""
+    values, _ = make_train_parser().read(arguments)
+    assert values["deepspeed"] is None or (REPOSITORY / values["deepspeed"]).is_file()
+
+
+def check_deepspeed(arguments: list[str]) -> None:
+    launch = parse_deepspeed(arguments)
+    assert launch.user_script == "launch/train.py"
+    check_training(launch.user_args)
+
+
+def check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-c":
+        compile(arguments[1], "-c", "exec")
+    elif arguments[:2] == ["-m", "lift_ds.universal"]:
+        assert universal.main(arguments[2:]) == universal.REFUSED  # there are no such folders
+    elif arguments[0] == "launch/scaling_study.py":
+        assert make_study_parser(None).parse_args(arguments[1:])
+    else:
+        assert arguments[0].startswith("benchmarks/"), arguments
+        script = importlib.import_module(Path(arguments[0]).stem)
+        assert script.parse_arguments(arguments[1:])
+
+
+def check_make(arguments: list[str]) -> None:
+    subprocess.run(["make", "--dry-run", *arguments], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def check_lift_ds(arguments: list[str]) -> None:
+    assert cli.main(arguments) == 0
+
+
+def check_pytest(arguments: list[str]) -> None:
+    for path in arguments:
+        assert (REPOSITORY / path).exists()
+
+
+def check_sbatch(arguments: list[str]) -> None:
+    script = next(i for i, argument in enumerate(arguments) if argument.endswith(".sbatch"))
+    check_script([arguments[script]], arguments[script + 1 :])
+
+
+def check_script(script: list[str], arguments: list[str]) -> None:
+    """Check a script of launch/ or benchmarks/, and the flags that those of launch/ pass on."""
+    path = REPOSITORY / script[0]
+    assert os.access(path, os.X_OK) or path.suffix == ".sbatch", path
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if script[0].startswith("launch/"):
+        check_training(arguments)
+
+
+CHECKS: dict[str, Callable[[list[str]], None]] = {
+    "deepspeed": check_deepspeed,
+    "python": check_python,
+    "make": check_make,
+    "lift-ds": check_lift_ds,
+    ".venv/bin/pytest": check_pytest,
+    "sbatch": check_sbatch,
+}
+
+
+def check_variables(names: list[str]) -> None:
+    """Check that launch/environment.sh describes each of these variables."""
+    described = (REPOSITORY / "launch/environment.sh").read_text().split("\nrepository=")[0]
+    for name in names:
+        assert re.search(rf"^# .*\b{name}\b", described, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command, comments=True)
+    variables = [word.split("=")[0] for word in words if ASSIGNMENT.match(word)]
+    words = [word for word in words if not ASSIGNMENT.match(word)]
+    program, arguments = words[0], words[1:]
+    if program in FOREIGN:
+        return
+    check_variables(variables)
+    if program in CHECKS:
+        CHECKS[program](arguments)
+    else:
+        check_script([program], arguments)
+
+
+def test_every_program_that_is_documented_is_seen() -> None:
+    programs = {shlex.split(command, comments=True)[0] for command in COMMANDS}
+    assert programs >= {"make", "deepspeed", "lift-ds", "python"}
+
+
+def test_no_command_hides_in_an_indented_block() -> None:
+    hidden = re.compile(r"\n\n    (make|deepspeed|python|lift-ds|launch/|accelerate|sbatch|[A-Z_]+=)")
+    assert not [page.name for page in PAGES if hidden.search(page.read_text())]
