@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +147,10 @@ def unmanaged_summary(model: nn.Module, targets: Targets) -> list[str]:
 
 def kinds_of(names: Iterable[str]) -> list[str]:
     """Gather names that differ in the numbers of their layers, as "model.layers.*.mlp.down_proj x 24"."""
-    kinds = Counter(re.sub(r"[.][0-9]+(?=[.])", ".*", name) for name in names)
-    return [f"{kind} x {count}" for kind, count in kinds.items()]
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"[.][0-9]+(?=[.]|$)", ".*", name), []).append(name)
+    return [f"{kind} x {len(found)}" if len(found) > 1 else found[0] for kind, found in kinds.items()]
 
 
 def _candidates(model: nn.Module, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -55,6 +55,15 @@ def test_a_loaded_checkpoint_is_not_trusted_either(ranks: list[Results], stage: 
         assert "RuntimeError: the optimizer's master values are not the trained weights in 1 of 14" in message
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_that_run_their_layers_in_different_orders_are_told_so(ranks: list[Results], stage: int) -> None:
+    for results in ranks:
+        message = results[f"orders stage {stage}"]
+        assert (
+            "the ranks run different layers at the same time in backward: rank 0 layers.2, rank 1 layers.1" in message
+        )
+
+
 @pytest.mark.parametrize(("option", "stage"), CASES)
 def test_an_option_that_works_changes_nothing(option: Option, stage: int, runs: Results) -> None:
     found, expected = runs[option.case(stage)], runs[f"{'bf16' if option.bf16 else 'fp32'} stage {stage}"]
@@ -64,11 +73,6 @@ def test_an_option_that_works_changes_nothing(option: Option, stage: int, runs: 
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         return
     check_equal(found, expected)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_compiled_engine_trains_the_same(stage: int, runs: Results) -> None:
-    check_equal(runs[f"compiled stage {stage}"], runs[f"fp32 stage {stage}"])
 
 
 def check_equal(found: Results, expected: Results) -> None:
@@ -84,8 +88,8 @@ ROUND_ROBIN = [f"stage {s} bf16 {b} offload {o}" for s in (1, 2) for b in (False
 
 
 @pytest.fixture(scope="module")
-def round_robin_on_two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return run_ranks("options", 2, tmp_path_factory.mktemp("round_robin"), "round_robin")[0]
+def less_usual(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks("options", 2, tmp_path_factory.mktemp("less_usual"), "less_usual")[0]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,27 @@ def round_robin_on_four(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.slow  # float32 without offload is among the options
 @pytest.mark.parametrize("case", ROUND_ROBIN)
-def test_round_robin_gradients_change_nothing(case: str, round_robin_on_two: Results) -> None:
-    check_equal(round_robin_on_two[f"with {case}"], round_robin_on_two[f"without {case}"])
+def test_round_robin_gradients_change_nothing(case: str, less_usual: Results) -> None:
+    check_equal(less_usual[f"with {case}"], less_usual[f"without {case}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_engine_trains_the_same(stage: int, less_usual: Results) -> None:
+    check_equal(less_usual[f"compiled stage {stage}"], less_usual[f"stage {stage}"])
+
+
+@pytest.mark.slow
+def test_leaf_modules_set_by_a_call_change_nothing(less_usual: Results) -> None:
+    check_equal(less_usual["leaf modules"], less_usual["stage 3"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+def test_a_layer_that_is_not_run_is_named(stage: int, less_usual: Results) -> None:
+    said = [line for line in less_usual[f"idle layer stage {stage}"] if "no gradient has reached" in line]
+    assert len(said) == 2  # after the first step and after the first refresh
+    assert all("1 of 3 managed matrices, which are not trained: layers.1. " in line for line in said)
 
 
 @pytest.mark.slow

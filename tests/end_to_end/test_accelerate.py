@@ -1,5 +1,5 @@
-"""Pins that the documented recipe for a plain loop over accelerate trains the same model by `python`, by
-`torchrun` on two ranks, and by `accelerate launch` with a DeepSpeed file of ZeRO 2 and 3, with two refreshes on the way.
+"""Pins that the documented recipe for a plain loop over accelerate trains the same model by `python`, by `torchrun` on
+two ranks, and by `accelerate launch` with a DeepSpeed file of ZeRO 2 and 3, with two refreshes on the way.
 """
 
 from __future__ import annotations

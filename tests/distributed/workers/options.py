@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,31 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases
+import deepspeed
 import engines
 import torch
 import torch.distributed as dist
 from option_cases import OPTIONS, Option
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lift_ds
 from lift_ds.checkpoint import subspaces
+from lift_ds.logs import get_logger
 
 SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=2, solver="svd", lr=1e-3)
 
 
-def train(stage: int, *options: Option, bf16: bool, compiled: bool = False, **choices: Any) -> dict[str, Any]:
+def train(
+    stage: int, *options: Option, bf16: bool, compiled: bool = False, leaves: bool = False, **choices: Any
+) -> dict[str, Any]:
     """Five steps, with two refreshes; the state of the optimizer is compared with the weights at the end."""
     config = engines.ds_config(stage, bf16=bf16, **choices)
     for option in options:
         option.apply(config)
     model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
+    if leaves:
+        deepspeed.utils.set_z3_leaf_modules(model, [LlamaDecoderLayer])
     engine = engines.lift_engine(model, config, SETTINGS)
     if compiled:
         engine.compile(backend="aot_eager")
@@ -50,9 +59,47 @@ def every_option() -> dict[str, Any]:
             if without not in results:
                 results[without] = train(stage, bf16=option.bf16)
             results[option.case(stage)] = train(stage, option, bf16=option.bf16)
-    for stage in (2, 3):
-        results[f"compiled stage {stage}"] = train(stage, bf16=False, compiled=True)
     return results
+
+
+class Steered(nn.Module):
+    """Three layers of one size, run in an order that each rank may choose."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in self.order:
+            x = x + torch.tanh(self.layers[number](x))
+        return x.square().mean()
+
+
+def steered(stage: int, *orders: tuple[int, ...]) -> str:
+    """Three steps, a rank's layers in the order that is its own; what that ends in."""
+    engine = engines.lift_engine(Steered(orders[dist.get_rank()]), engines.ds_config(stage), SETTINGS)
+
+    def run() -> None:
+        for step in range(3):
+            engine.backward(engine(torch.randn(2, 16, generator=torch.Generator().manual_seed(step))))
+            engine.step()
+
+    message = engines.message_of(run)
+    engine.destroy()
+    return message
+
+
+def idle_layer(stage: int) -> list[str]:
+    """What the log says where one of three layers is not run."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    get_logger().addHandler(handler)
+    assert steered(stage, (0, 2), (0, 2)) == "no error"
+    get_logger().removeHandler(handler)
+    return said
 
 
 def broken_states(folder: Path) -> dict[str, Any]:
@@ -63,6 +110,8 @@ def broken_states(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in range(4):
         results[f"refresh stage {stage}"] = broken_refresh(stage)
+    for stage in (1, 2):
+        results[f"orders stage {stage}"] = steered(stage, (0, 1, 2), (0, 2, 1))
     for stage in (2, 3):
         results[f"load stage {stage}"] = broken_load(stage, folder / f"stage{stage}")
     return results
@@ -119,6 +168,17 @@ def broken_load(stage: int, folder: Path) -> dict[str, Any]:
     return {"message": message}
 
 
+def less_usual() -> dict[str, Any]:
+    """Compiled engines, leaf modules set by a call, a layer that is not run, round-robin gradients in every form."""
+    results: dict[str, Any] = {f"stage {stage}": train(stage, bf16=False) for stage in (2, 3)}
+    for stage in (2, 3):
+        results[f"compiled stage {stage}"] = train(stage, bf16=False, compiled=True)
+    results["leaf modules"] = train(3, bf16=False, leaves=True)
+    for stage in range(4):
+        results[f"idle layer stage {stage}"] = idle_layer(stage)
+    return results | round_robin()
+
+
 def round_robin() -> dict[str, Any]:
     """Round-robin gradients in every form that they have, each with the run without them."""
     (option,) = (option for option in OPTIONS if option.key.endswith("round_robin_gradients"))
@@ -138,5 +198,6 @@ if __name__ == "__main__":
     what = {
         "every_option": lambda: every_option() | broken_states(Path(sys.argv[1])),
         "round_robin": round_robin,
+        "less_usual": less_usual,
     }
     engines.finish(sys.argv[1], what[sys.argv[2]]())
