@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launches import CONFIGS, Launch, on_two_ranks, started
+from launches import BIN, CONFIGS, REPOSITORY, Launch, on_two_ranks, started
 from material import Material
 
 #: The node launcher kills ranks that have not ended 30 seconds after its signal to them, one rank after the other.
@@ -49,10 +49,13 @@ def check_gone(launch: Launch, number: signal.Signals, send: Send, limit: float)
     assert 'train.py", line' not in launch.stderr, launch.said()
 
 
+#: A training that does not end by itself.
+ENDLESS = ("--max_steps", 100_000, "--eval_split_size", 0, "--refresh_interval", 1000)
+
+
 def endless(material: Material, folder: Path) -> list[str]:
     """Return the command line of a training that does not end by itself."""
-    flags = material.flags(folder / "out", "--max_steps", 100_000, "--eval_split_size", 0, "--refresh_interval", 1000)
-    return on_two_ranks(CONFIGS / "lift_zero2.json", *flags)
+    return on_two_ranks(CONFIGS / "lift_zero2.json", *material.flags(folder / "out", *ENDLESS))
 
 
 @pytest.mark.parametrize(
@@ -77,3 +80,20 @@ def test_no_process_survives_a_signal_to_the_command_alone(
 ) -> None:
     with started(endless(material, tmp_path), tmp_path) as launch:
         check_gone(launch, number, lambda launch, number: launch.process.send_signal(number), GONE_SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["deepspeed.launcher.launch", "bin/deepspeed"])
+def test_a_script_fails_when_what_it_has_started_is_killed(killed: str, material: Material, tmp_path: Path) -> None:
+    """DeepSpeed's command returns 0 when its node launcher was killed, as by the kernel for want of memory."""
+
+    def kill(launch: Launch, number: signal.Signals) -> None:
+        processes = psutil.Process(launch.process.pid).children(recursive=True)
+        (one,) = [process for process in processes if killed in " ".join(process.cmdline()[:4])]
+        one.send_signal(number)
+
+    given = {"MODEL": material.base, "DATA": material.instructions, "OUTPUT": tmp_path / "out", "GPUS_PER_NODE": 2}
+    variables = {name: str(value) for name, value in given.items()} | {"VENV": str(BIN.parent)}
+    flags = [str(flag) for flag in (*material.flags(tmp_path / "out")[6:], *ENDLESS)]
+    with started([str(REPOSITORY / "launch/one_machine.sh"), *flags], tmp_path, **variables) as launch:
+        check_gone(launch, signal.SIGKILL, kill, GONE_SECONDS)

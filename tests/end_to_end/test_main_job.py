@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from launches import CONFIGS, TRAIN, Finished, finish, on_two_ranks
+from safetensors import safe_open
 from saved import generate, is_managed, load_like
 from torch import Tensor
+from transformers import AutoConfig
 
 from lift_ds.data import instruction_prompt
 
@@ -78,6 +80,18 @@ def test_progress_is_shown(bare: BareRun) -> None:
 
 def test_saved_model_generates(bare: BareRun) -> None:
     assert generate(bare.ended.output, instruction_prompt("Tom has 3 pens and gets 4. How many pens?"))
+
+
+def test_saved_folder_is_that_of_a_plain_model_with_a_card(bare: BareRun) -> None:
+    """Nothing of LIFT is left in the weights, the base's configuration is kept, and the card says what was done."""
+    keys = safe_open(bare.ended.output / "model.safetensors", "pt").keys()
+    assert not [key for key in keys if "principal" in key]
+    assert AutoConfig.from_pretrained(bare.ended.output).use_cache == AutoConfig.from_pretrained(bare.base).use_cache
+    card = (bare.ended.output / "README.md").read_text()
+    assert "LIFT (" in card
+    assert "None" not in card
+    for setting in (f"LIFT: budget_rank | {BUDGET_RANK} |", f"LIFT: refresh_interval | {INTERVAL} |", "word problems"):
+        assert setting in card, card
 
 
 def test_nothing_but_managed_matrices_changes(bare: BareRun) -> None:

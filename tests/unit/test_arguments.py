@@ -1,5 +1,7 @@
 """Pins what a DeepSpeed file says to launch/train.py: numbers and flags hold where the command line is silent, a
-contradiction is refused. Pins also the flags that say which rows are used."""
+contradiction is refused. Pins also how much is trained where nobody says it, which flags say which rows are used, and
+that a flag that cannot be applied is refused or warned of.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lift_ds import LiftConfig
 from lift_ds.training import arguments
 
 FILE = {
@@ -114,3 +117,54 @@ def test_a_negative_number_of_rows_to_evaluate_is_refused() -> None:
     values, _ = arguments.make_parser().read(["--eval_max_rows", "-1"])
     with pytest.raises(ValueError, match="--eval_max_rows -1 is below 0; give a number of rows, or 0 for all"):
         arguments.build(arguments.ScriptArguments, values)
+
+
+def lift_settings(tmp_path: Path, block: dict[str, object], *flags: str) -> LiftConfig:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"lift": block}))
+    return arguments.lift_config(arguments.make_parser().read(["--deepspeed", str(path), *flags])[0])
+
+
+def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Path) -> None:
+    said = [
+        (lift_settings(tmp_path, {}), (None, 0.05)),
+        (lift_settings(tmp_path, {"density": 0.1}), (None, 0.1)),
+        (lift_settings(tmp_path, {"budget_rank": 8}), (8, None)),
+        (lift_settings(tmp_path, {}, "--budget_rank", "8"), (8, None)),
+        (lift_settings(tmp_path, {"density": 0.1}, "--budget_rank", "8"), (8, None)),
+        (lift_settings(tmp_path, {"budget_rank": 8}, "--density", "0.2"), (None, 0.2)),
+        (arguments.lift_config(arguments.make_parser().read([])[0]), (None, 0.05)),
+    ]
+    assert [(config.budget_rank, config.density) for config, _ in said] == [budget for _, budget in said]
+
+
+def check(*flags: str) -> None:
+    arguments.check_method(*arguments.make_parser().read(flags))
+
+
+@pytest.mark.parametrize(
+    "flags", [("--optim", "adafactor"), ("--optim_args", "weight_decay=1"), ("--optim_target_modules", "all-linear")]
+)
+def test_lift_does_not_train_by_another_optimizer(flags: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} .*LIFT trains by LiftAdamW.*leave the flag out"):
+        check(*flags)
+
+
+def test_adamw_by_name_is_what_lift_does(lift_log: list[str]) -> None:
+    check("--optim", "adamw_torch")
+    check("--optim", "adafactor", "--method", "full")
+    assert lift_log == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (("--method", "full", "--density", "0.1", "--exclude_modules", "head"), {"density", "exclude_modules"}),
+        (("--method", "lora", "--lra_rank", "4", "--exclude_modules", "head"), {"lra_rank"}),
+        (("--lora_rank", "4"), {"lora_rank"}),
+    ],
+)
+def test_a_flag_of_another_method_is_warned_of(flags: tuple[str, ...], idle: set[str], lift_log: list[str]) -> None:
+    check(*flags)
+    method = dict(zip(flags[::2], flags[1::2], strict=True)).get("--method", "lift")
+    assert lift_log == [f"WARNING --{flag} is not applied: --method is {method}" for flag in sorted(idle)]
