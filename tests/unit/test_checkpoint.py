@@ -69,6 +69,21 @@ def test_describing_again_replaces_the_description(saved: Path) -> None:
     verify(attached(lra_rank=5), saved)
 
 
+def test_saving_over_the_only_checkpoint_says_that_there_is_no_other(tmp_path: Path, lift_log: list[str]) -> None:
+    only = save(tmp_path / "checkpoint-1")
+    lift_log.clear()
+    withdraw(only)
+    assert lift_log == [f"WARNING saving over the checkpoint {only}; until this save is complete there is no whole one"]
+
+
+def test_saving_over_one_of_two_names_the_other(tmp_path: Path, lift_log: list[str]) -> None:
+    other, newer = save(tmp_path / "checkpoint-1"), save(tmp_path / "checkpoint-2")
+    lift_log.clear()
+    withdraw(newer)
+    (line,) = lift_log
+    assert line.endswith(f"until this save is complete the last whole one is {other.name}")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
