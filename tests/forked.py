@@ -1,5 +1,5 @@
-"""Groups of ranks forked from a process that has imported everything: real ranks and real gloo without the imports,
-which take most of a launch. The process that forks must not have started a thread or a process group.
+"""Processes forked from one that has imported everything: real ranks and real gloo without the imports, which take most
+of a launch. The process that forks must not have started a thread or a process group.
 """
 
 from __future__ import annotations
@@ -11,9 +11,64 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from segments import free_port, remove_segments
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked process ended: its exit code (None: it was ended at its limit), what it wrote, how long it took."""
+
+    code: int | None
+    output: str
+    seconds: float
+
+
+def alone(body: Callable[[], object], log: Path, limit: float) -> Ended:
+    """Run something in a process of its own.
+
+    Args:
+        body: what to run; returns an exit code or None.
+        log: file for what it writes.
+        limit: seconds after which it is ended.
+
+    Returns:
+        How it ended.
+    """
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _leave(body, log)
+    ended = False
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = None if ended else os.waitstatus_to_exitcode(status)
+            return Ended(code, log.read_text(errors="replace"), time.monotonic() - began)
+        if time.monotonic() - began > limit and not ended:
+            os.kill(child, signal.SIGKILL)
+            ended = True
+        time.sleep(0.02)
+
+
+def _leave(body: Callable[[], object], log: Path) -> NoReturn:
+    """Run the body with its output in a file, and end this process with its exit code."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    code: object = 1
+    try:
+        code = body()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 class Group:
@@ -40,23 +95,11 @@ class Group:
         if child:
             return child
         os.setsid()
-        log = os.open(self.folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self._port),
         )  # fmt: skip
-        code: object = 1
-        try:
-            code = body(rank)
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        _leave(lambda: body(rank), self.folder / f"rank{rank}.log")
 
     def poll(self) -> dict[int, int]:
         """Return the exit codes of the ranks that have ended (minus the signal where one ended it)."""

@@ -239,10 +239,11 @@ def lift_config(values: Mapping[str, Any]) -> LiftConfig:
     if "target_modules" in overrides:
         overrides["target_modules"] = _targets(overrides["target_modules"])
     budgets = {"budget_rank", "density"}
+    if not budgets & block.keys():
+        block["density"] = USUAL_DENSITY
+    LiftConfig(**block)  # a file that contradicts itself is refused, whatever the flags say
     if budgets & overrides.keys():
         block = {name: value for name, value in block.items() if name not in budgets}
-    elif not budgets & block.keys():
-        block["density"] = USUAL_DENSITY
     return LiftConfig(**{**block, **overrides})
 
 

@@ -30,13 +30,15 @@ QUICK = {
 }
 
 #: Where the states are read nothing need be exchanged: then it is noticed in the first operation behind.
-AFTER_LOAD = {2: "loading a checkpoint|backward of step 3", 3: "loading a checkpoint|forward of step 3"}
+COMPARING = "comparing the optimizer's state with the weights"
+LOADING = f"loading a checkpoint|loading a checkpoint, {COMPARING}"
+AFTER_LOAD = {2: f"{LOADING}|backward of step 3", 3: f"{LOADING}|forward of step 3"}
 
 REST = {
     "SIGKILL forward 2": "backward of step 3",
     "SIGKILL backward 3": "backward of step 3",
     "SIGKILL step 2": "step 3",
-    "SIGKILL step 3": "step 3, writing back the trained values",
+    "SIGKILL step 3": f"step 3, refresh at step 3, {COMPARING}",
     "SIGKILL refresh 2": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGKILL refresh 3": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGKILL save 3": "saving the checkpoint of step 2",
@@ -46,7 +48,7 @@ REST = {
     "SIGSTOP backward 2": "backward of step 3",
     "SIGSTOP backward 3": "backward of step 3",
     "SIGSTOP step 2": "step 3",
-    "SIGSTOP step 3": "step 3, writing back the trained values",
+    "SIGSTOP step 3": f"step 3, refresh at step 3, {COMPARING}",
     "SIGSTOP refresh 2": "step 3, refresh at step 3, handing out the index of model.layers.0.self_attn.o_proj",
     "SIGSTOP save 2": "saving the checkpoint of step 2",
     "SIGSTOP load 2": AFTER_LOAD[2],

@@ -5,12 +5,11 @@ python snippets.py FOLDER     writes results.json there: block -> exit code, out
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import sys
-import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from forked import alone
 from pages import REPOSITORY, Block, blocks
 from safetensors.torch import load_file
 from segments import free_port
@@ -135,32 +135,9 @@ def trained(names: dict[str, Any]) -> dict[str, Any]:
 def run(block: Block, folder: Path) -> dict[str, Any]:
     """Run a block in a child; how it ended, what it wrote, what it trained."""
     folder.mkdir()
-    began, log = time.monotonic(), folder / "log"
-    child = os.fork()
-    if child == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        code = 1
-        try:
-            execute(block, folder)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() - began > LIMIT:
-            os.kill(child, 9)
-        time.sleep(0.05)
+    ended = alone(lambda: execute(block, folder), folder / "log", LIMIT)
     counts = folder / "here" / "trained.json"
-    return {
-        "code": os.waitstatus_to_exitcode(ended[1]),
-        "output": log.read_text(errors="replace"),
-        "seconds": time.monotonic() - began,
-        "trained": json.loads(counts.read_text()) if counts.exists() else None,
-    }
+    return dataclasses.asdict(ended) | {"trained": json.loads(counts.read_text()) if counts.exists() else None}
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ CASES = {
     "optimizer_block": Case('"optimizer"', config=lambda content: content.update(optimizer={"type": "AdamW"})),
     "two_budgets": Case(
         "both of budget_rank=128 and density=0.05 given; give exactly one",
-        config=lambda content: content["lift"].update(density=0.05),
+        config=lambda content: content["lift"].update(budget_rank=128),
     ),
     "two_budget_flags": Case("both of budget_rank=4 and density=0.1 given; give exactly one", ("--density", 0.1)),
     "no_lift_block": Case('no top-level "lift" block', config=lambda content: content.pop("lift")),
