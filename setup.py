@@ -15,8 +15,8 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 setup(
     ext_modules=[
         Extension(
-            "lift_ds.kernels._host",
-            ["lift_ds/kernels/host_entries.c"],
+            "lift_ds.index.kernels._host",
+            ["lift_ds/index/kernels/host_entries.c"],
             extra_compile_args=["-O3", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,  # without a C compiler, or its headers of Python, torch's operators are used

@@ -23,12 +23,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
-from lift_ds.layers import HOST_TILE_ENTRIES
+from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import peak
 from lift_ds.planner.formulas import GRADIENTS, Setting, persistent
 from lift_ds.planner.models import facts_of
 from lift_ds.planner.peak import Activations
-from lift_ds.planner.refresh import refresh_work
+from lift_ds.planner.refresh_work import refresh_work
 from lift_ds.study.counting import Ledger
 
 #: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
@@ -120,7 +120,7 @@ def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:
         trained=tuple(facts.entries.values()),
         unmanaged=sum(facts.others),
         bucket=_BUCKET,
-        tile=HOST_TILE_ENTRIES,
+        tile=HOST_GRADIENT_TILE,
     )
     work = Activations(
         tokens=tokens,

@@ -34,7 +34,7 @@ import torch
 from holdings import categories, sizes
 
 import lift_ds
-from lift_ds.layers import HOST_TILE_ENTRIES
+from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 from lift_ds.planner.peak import Activations, peak
@@ -184,7 +184,7 @@ def setting_of(case: Case, sizes_found: Record) -> formulas.Setting:
         last_products=case.layers * case.hidden * case.intermediate,
         layers=case.layers,
         live=case.live,
-        tile=HOST_TILE_ENTRIES,
+        tile=HOST_GRADIENT_TILE,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lift_ds.layers import logical_shape, principal_layers
+from lift_ds.model.layers import principal_layers
+from lift_ds.model.partition import logical_shape
 from lift_ds.planner.formulas import GRADIENTS, INDEX, MASTER, MOMENTS, TRAINED, UNMANAGED, WEIGHTS
 
 #: Linear layers of a Llama that all methods work on; PEFT calls the original one `base_layer`.

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lift_ds.kernels import entries_of
-from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
-from lift_ds.store import put_values
+from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
+from lift_ds.index.entries import entries_of
+from lift_ds.refresh.store import put_values
 
 Record = dict[str, Any]
 

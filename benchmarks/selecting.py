@@ -28,8 +28,7 @@ from records import Record
 from spectra import perturbed
 from torch import Tensor
 
-from lift_ds.selection import principal_indices
-from lift_ds.selection.principal import select_principal
+from lift_ds.selection import SelectionSettings, principal_indices, select_principal
 from lift_ds.study.counting import allocated_peak
 
 #: Churn that a matrix is perturbed to have, and the range that will do.
@@ -117,7 +116,8 @@ def _largest(approximation: Tensor, k: int) -> Tensor:
 def _by(solver: str, *, warm: bool = False) -> Callable[[Subject], Outcome]:
     def run(subject: Subject) -> Outcome:
         start = subject.start if warm else None
-        found = select_principal(subject.weight, k=subject.k, lra_rank=subject.lra_rank, solver=solver, start=start)
+        settings = SelectionSettings(subject.k, subject.lra_rank, solver)
+        found = select_principal(subject.weight, settings, start)
         return Outcome(found.index, found.estimate, found.solver, found.rounds, found.products)
 
     return run
@@ -147,7 +147,7 @@ def subject_of(
         determined: whether the exact selection is a single one.
         exact: whether to find it.
     """
-    before = select_principal(weight, k=k, lra_rank=lra_rank, solver="chebyshev")
+    before = select_principal(weight, SelectionSettings(k, lra_rank, "chebyshev"))
     now, churn = _trained(weight, before.index, k, lra_rank)
     selection = exact_selection(now, k, lra_rank) if exact else None
     return Subject(name, now, k, lra_rank, determined, selection, before.subspace, churn)

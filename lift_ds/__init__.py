@@ -1,13 +1,23 @@
-"""LIFT sparse fine-tuning (arXiv 2506.00772) as a DeepSpeed optimizer."""
+"""LIFT sparse fine-tuning (arXiv 2506.00772) as a DeepSpeed optimizer.
 
-from lift_ds.attach import attach, detach
+What needs torch alone is imported at once; what needs DeepSpeed or transformers when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lift_ds.config import LiftConfig
-from lift_ds.engine import initialize
+from lift_ds.model.attach import attach, detach
 from lift_ds.optimizer import LiftAdamW
-from lift_ds.refresh import RefreshReport, refreshes
+from lift_ds.refresh.report import RefreshReport, refreshes
 from lift_ds.selection import principal_indices
-from lift_ds.trainer import LiftCallback
-from lift_ds.zero.facade import bind
+
+if TYPE_CHECKING:
+    from lift_ds.trainer import LiftCallback
+    from lift_ds.zero.bind import bind
+    from lift_ds.zero.engine import initialize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,3 +32,26 @@ __all__ = [
     "principal_indices",
     "refreshes",
 ]
+
+#: Name -> the module that has it.
+_LATER = {
+    "LiftCallback": "lift_ds.trainer",
+    "bind": "lift_ds.zero.bind",
+    "initialize": "lift_ds.zero.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'lift_ds' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").split(".")[0]
+        if package == "lift_ds":
+            raise
+        raise ImportError(f"lift_ds.{name} needs {package}, which is not installed: pip install {package}") from missing
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

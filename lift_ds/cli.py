@@ -1,34 +1,21 @@
 """The command `lift-ds`.
 
-lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
+    lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
+    lift-ds train --model_name_or_path MODEL --train_file rows.json --output_dir tuned
+
+A command's libraries are imported when it is run.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import importlib
 import sys
-from pathlib import Path
 
-from lift_ds.config import USUAL_DENSITY, LiftConfig
-from lift_ds.planner import ds_file, plot, report
-from lift_ds.planner.estimate import METHODS, Cluster
-from lift_ds.planner.hardware import DEVICES, Hardware, device_for
-from lift_ds.planner.models import read_facts
-from lift_ds.planner.plan import STAGES, Plan, Request, make_plan
-from lift_ds.planner.presets import PRESETS
-
-#: Options that replace a figure of the device: option -> (field of Hardware, help).
-_FIGURES = {
-    "--gpu-memory": ("memory_gb", "memory of a GPU, GB (10^9 bytes)"),
-    "--tflops": ("tflops", "products of a GPU in bf16, TFLOPS"),
-    "--fp32-tflops": ("fp32_tflops", "the same in fp32, in which refreshes are computed"),
-    "--bandwidth": ("bandwidth_gb", "of a GPU's memory, GB/s"),
-    "--efficiency": ("efficiency", "share of the TFLOPS that training reaches"),
-    "--intra-node": ("intra_gb", "a GPU to the others of its node, one direction, GB/s"),
-    "--inter-node": ("inter_gb", "a node to the others, one direction, GB/s"),
-    "--reserve": ("reserve_gb", "memory of a GPU not to plan with, GB"),
+#: Command -> (module whose `main` takes what follows it, what it is for).
+_COMMANDS = {
+    "plan": ("lift_ds.planner.command", "memory, network and time of a run, from the model's configuration alone"),
+    "train": ("lift_ds.training.command", "fine-tune a causal language model with LIFT, in full, or with LoRA"),
 }
 
 
@@ -41,128 +28,20 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for what cannot be used.
     """
-    args = _parser().parse_args(arguments)
-    try:
-        found = _plan(args)
-        print(report.table(found))
-        _write(found, args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in _COMMANDS:
+        module, _ = _COMMANDS[arguments[0]]
+        return int(importlib.import_module(module).main(arguments[1:]))
+    _parser().parse_args(arguments)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lift-ds", description="LIFT sparse fine-tuning on DeepSpeed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    plan = commands.add_parser(
-        "plan",
-        help="memory, network and time of a run, from the model's configuration alone",
-        description="Compares full fine-tuning, LoRA and LIFT on each ZeRO stage; allocates and downloads nothing.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    plan.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, or a folder with a config.json")
-    cluster = plan.add_argument_group("cluster")
-    cluster.add_argument("--nodes", type=_count, default=1)
-    cluster.add_argument("--gpus-per-node", type=_count, default=8)
-    cluster.add_argument("--device", choices=tuple(DEVICES), help="whose speeds to take; by --gpu-memory if left out")
-    for option, (_, text) in _FIGURES.items():
-        cluster.add_argument(option, type=_amount, help=f"{text}; that of the device if left out", metavar="NUMBER")
-    cluster.add_argument("--host-memory", type=_amount, default=1000.0, help="memory of a node's host, GB")
-    cluster.add_argument("--no-overlap", action="store_true", help="no collective runs beside computation")
-    run = plan.add_argument_group("run")
-    run.add_argument("--batch-size", type=_count, default=16, help="sequences of an optimizer step, all ranks together")
-    run.add_argument("--sequence", type=_count, default=2048, help="tokens of a sequence")
-    run.add_argument("--micro-batch", type=_count, help="sequences of a forward; the fastest that fits if left out")
-    run.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto", help="of activations")
-    run.add_argument("--no-offload", action="store_true", help="leave out choices with the optimizer on the host")
-    run.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    run.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
-    lift = plan.add_argument_group("LIFT")
-    lift.add_argument("--deepspeed", help='a DeepSpeed file, for the settings of its "lift" block')
-    lift.add_argument("--budget-rank", type=_count, help="in place of --density")
-    lift.add_argument("--density", type=float, help=f"{USUAL_DENSITY:g} if neither is given")
-    lift.add_argument("--lra-rank", type=_count)
-    lift.add_argument("--refresh-interval", type=_count)
-    output = plan.add_argument_group("output")
-    output.add_argument("--json", type=Path, help="write everything there")
-    output.add_argument("--plot", type=Path, help="draw the memory there (.svg, .png, .pdf)")
-    output.add_argument("--write", type=Path, help="write the DeepSpeed file of the recommended choice there")
+    for name, (_, text) in _COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    config = _lift_config(args)
-    facts = read_facts(args.model, config)
-    cluster = Cluster(args.nodes, args.gpus_per_node, _hardware(args), args.host_memory)
-    request = Request(
-        batch=args.batch_size,
-        sequence=args.sequence,
-        methods=tuple(args.methods),
-        stages=tuple(args.stages),
-        micro_batch=args.micro_batch,
-        checkpointing=None if args.checkpointing == "auto" else args.checkpointing == "on",
-        offload=not args.no_offload,
-    )
-    return make_plan(facts, config, cluster, request)
-
-
-def _lift_config(args: argparse.Namespace) -> LiftConfig:
-    if args.budget_rank is not None and args.density is not None:
-        raise ValueError(f"--budget-rank {args.budget_rank} and --density {args.density} are both given; give one")
-    config = LiftConfig.from_ds_config(args.deepspeed) if args.deepspeed else LiftConfig(density=USUAL_DENSITY)
-    if args.budget_rank is not None:
-        config = dataclasses.replace(config, budget_rank=args.budget_rank, density=None)
-    if args.density is not None:
-        config = dataclasses.replace(config, budget_rank=None, density=args.density)
-    given = {"lra_rank": args.lra_rank, "refresh_interval": args.refresh_interval}
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-
-
-def _hardware(args: argparse.Namespace) -> Hardware:
-    base = DEVICES[args.device] if args.device else device_for(args.gpu_memory or 80.0)
-    given = {}
-    for option, (field, _) in _FIGURES.items():
-        value = getattr(args, option[2:].replace("-", "_"))
-        if value is not None:
-            given[field] = value
-    found = dataclasses.replace(base, overlap=not args.no_overlap, **given)
-    if found.efficiency > 1:
-        raise ValueError(f"--efficiency {found.efficiency:g} is no share in (0, 1]")
-    if found.reserve_gb >= found.memory_gb:
-        raise ValueError(f"--reserve {found.reserve_gb:g} leaves nothing of --gpu-memory {found.memory_gb:g}")
-    return found
-
-
-def _write(found: Plan, args: argparse.Namespace) -> None:
-    if args.json:
-        try:
-            args.json.write_text(json.dumps(report.record(found), indent=1) + "\n")
-        except OSError as error:
-            raise ValueError(f"--json {args.json}: cannot be written: {error.strerror}") from error
-    if args.plot:
-        plot.draw(found, args.plot)
-    if args.write:
-        if found.recommended is None:
-            raise ValueError(f"--write {args.write}: nothing fits, so there is no configuration to write")
-        ds_file.write_ds_file(args.write, ds_file.ds_file(found, found.recommended.choice))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lift_ds.attachment import Attachment, require_attachment
-from lift_ds.layers import VALUES, logical_shape
-from lift_ds.refresh import Driver
-from lift_ds.store import DenseStore
+from lift_ds.model.attachment import Attachment, require_attachment
+from lift_ds.model.layers import VALUES
+from lift_ds.model.partition import logical_shape
+from lift_ds.refresh.driver import Driver
+from lift_ds.refresh.store import DenseStore
 
 
 class LiftAdamW(torch.optim.AdamW):

@@ -9,26 +9,65 @@ from pathlib import Path
 from typing import Any
 
 import transformers.trainer
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from lift_ds import checkpoint
-from lift_ds.attachment import require_attachment
 from lift_ds.checkpoint import Layout, principal, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
-from lift_ds.ranks import by_main
-from lift_ds.refresh import Driver, RefreshReport
-from lift_ds.trainer_logs import FiguresInLogs, figures
-from lift_ds.watched_saves import WatchedSaves
-from lift_ds.zero.facade import bind, without_accelerate
+from lift_ds.model.attachment import require_attachment
+from lift_ds.refresh.driver import Driver
+from lift_ds.refresh.report import RefreshReport
+from lift_ds.runtime import watchdog
+from lift_ds.runtime.ranks import by_main
+from lift_ds.zero.bind import bind, without_accelerate
 from lift_ds.zero.fragments import refuse_universal_by_wrong_links
 from lift_ds.zero.options import refuse_options
 from lift_ds.zero.plain_weights import replace_scripts
-from lift_ds.zero.universal import restore
+from lift_ds.zero.universal_files import restore
 
 
-class LiftCallback(WatchedSaves):
+class _WatchedSaves(TrainerCallback):
+    """Notes the communication of a Trainer between steps: the loss gathered for the log, and a checkpoint.
+
+    A Trainer announces what it will do in its control flags, and afterwards that it has. An evaluation is not noted,
+    apart from its forwards: what it computes may be the user's own, and take any time.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _note_next(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _note_next(state, control)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _note_next(state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _note_next(state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        watchdog.end()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        watchdog.end()
+
+
+def _note_next(state: TrainerState, control: TrainerControl) -> None:
+    if control.should_log:
+        watchdog.begin(f"gathering the loss after step {state.global_step}")
+    elif control.should_save and not control.should_evaluate:
+        watchdog.begin(f"saving the checkpoint of step {state.global_step}")
+    else:
+        watchdog.end()
+
+
+class LiftCallback(_WatchedSaves):
     """Makes a Trainer train the principal weights of a model that `attach` has prepared.
 
     With DeepSpeed or without, with LiftAdamW or the Trainer's own AdamW (both hold the principal values as ordinary
@@ -51,7 +90,7 @@ class LiftCallback(WatchedSaves):
         self._reported = 0
         self._resumed = resume_from_checkpoint
         self._rotations = _HeldRotations()
-        self._logs = FiguresInLogs(self)
+        self._logs = _FiguresInLogs(self)
 
     @property
     def refreshes(self) -> list[RefreshReport]:
@@ -94,7 +133,7 @@ class LiftCallback(WatchedSaves):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for report in self.refreshes[self._reported :]:
-            self._logs.add(figures(report))
+            self._logs.add(_figures(report))
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
         self._reported = len(self.refreshes)
         super().on_step_end(args, state, control)
@@ -219,3 +258,64 @@ def _finish_universal(model: Any, wrapper: Any, directory: str | os.PathLike[str
         refuse_universal_by_wrong_links(wrapper)
         (states,) = Path(directory).glob("global_step*")
         restore(model, wrapper, states)
+
+
+def _figures(report: RefreshReport) -> dict[str, float]:
+    """Return what is logged of a refresh.
+
+    `lift_estimate` is the share of the selection that may differ from the exact one, by the solver's own estimate.
+    """
+    return {
+        "lift_churn": report.churn,
+        "lift_entries": report.entries,
+        "lift_estimate": report.estimate,
+        "lift_refresh_seconds": report.seconds,
+    }
+
+
+class _FiguresInLogs:
+    """Adds figures to what a Trainer logs next, before anything reports it.
+
+    A callback cannot do so by itself: a Trainer does not tell its callbacks who it is, and those that report to
+    TensorBoard or W&B come before the user's own. So `Trainer.log` is replaced while there is something to train.
+
+    Args:
+        callback: by which the Trainer is known.
+    """
+
+    def __init__(self, callback: TrainerCallback) -> None:
+        self._callback = callback
+        self._figures: dict[str, float] = {}
+
+    def hold(self) -> None:
+        """From now on what is added goes into the Trainer's logs."""
+        _active.append(self)
+        Trainer.log = _log_with_figures
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Have figures logged with the next loss."""
+        self._figures |= figures
+
+    def release(self) -> None:
+        """Leave the logs to the Trainer again."""
+        _active[:] = [other for other in _active if other is not self]
+        if not _active:
+            Trainer.log = _plain_log
+
+    def taken_for(self, trainer: Trainer) -> dict[str, float]:
+        """Return what is to be logged by a Trainer, once."""
+        if not any(callback is self._callback for callback in trainer.callback_handler.callbacks):
+            return {}
+        taken, self._figures = self._figures, {}
+        return taken
+
+
+_plain_log = Trainer.log
+_active: list[_FiguresInLogs] = []
+
+
+def _log_with_figures(trainer: Trainer, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    if "loss" in logs:
+        for active in _active:
+            logs = {**logs, **active.taken_for(trainer)}
+    _plain_log(trainer, logs, *args, **kwargs)

@@ -17,8 +17,8 @@ from pathlib import Path
 from lift_ds import checkpoint
 from lift_ds.checkpoint import manifest, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
-from lift_ds.ranks import alone
-from lift_ds.zero.universal import SavedRun, write_universal
+from lift_ds.runtime.ranks import alone
+from lift_ds.zero.universal_files import SavedRun, write_universal
 
 #: Exit codes: the checkpoint cannot be converted; the converted one could not be written.
 REFUSED, UNSAVED = 2, 74

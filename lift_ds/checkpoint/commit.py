@@ -20,13 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from lift_ds.attachment import require_attachment
 from lift_ds.checkpoint import manifest, subspaces
 from lift_ds.config import LiftConfig
-from lift_ds.layers import logical_shape
-from lift_ds.logs import get_logger
-from lift_ds.ranks import by_main, from_all, rank_and_count, together
-from lift_ds.selection import deal_out
+from lift_ds.model.attachment import require_attachment
+from lift_ds.model.partition import logical_shape
+from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.ranks import by_main, deal_out, from_all, rank_and_count, together
 
 logger = get_logger()
 

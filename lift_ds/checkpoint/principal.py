@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lift_ds.attachment import require_attachment
-from lift_ds.layers import PRINCIPAL_KEYS
+from lift_ds.model.attachment import require_attachment
+from lift_ds.model.layers import PRINCIPAL_KEYS
 
 #: Name of the file: θ and the words of I of each managed layer, by their names in the model's state dict.
 FILE = "lift_principal.safetensors"

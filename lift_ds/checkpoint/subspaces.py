@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lift_ds.attachment import require_attachment
-from lift_ds.ranks import rank_and_count
+from lift_ds.model.attachment import require_attachment
+from lift_ds.runtime.ranks import rank_and_count
 
 _NAME = "lift_subspaces_rank{:05d}.safetensors"
 #: The files of all ranks.

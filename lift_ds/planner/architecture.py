@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lift_ds.layers import principal_layers
+from lift_ds.model.layers import principal_layers
 
 #: Names of the matrices that make the keys, and of those that make queries, keys and values at once.
 _KEYS = ("k_proj", "key", "k", "key_proj", "k_lin", "Wk")

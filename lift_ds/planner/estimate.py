@@ -11,7 +11,7 @@ from lift_ds.planner.formulas import GRADIENTS, Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts
 from lift_ds.planner.peak import Activations
-from lift_ds.planner.refresh import RefreshWork, refresh_work
+from lift_ds.planner.refresh_work import RefreshWork, refresh_work
 
 METHODS = ("full", "lora", "lift")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lift_ds.layers import TILE_ENTRIES
+from lift_ds.model.layers import GRADIENT_TILE
 
 #: Categories of persistent bytes, in the order of the tables.
 WEIGHTS, UNMANAGED, TRAINED, INDEX = "weights", "unmanaged", "trained apart", "index"
@@ -55,7 +55,7 @@ class Setting:
     live: int = 0
     sub_group: int = 10**9
     offload: bool = False
-    tile: int = TILE_ENTRIES
+    tile: int = GRADIENT_TILE
     placement: str = "sharded"
     first_inputs: int = 0
     checkpointing: bool = False

@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import nn
 
-from lift_ds.attach import dry_attach
 from lift_ds.config import LiftConfig
-from lift_ds.layers import PrincipalLayer, principal_layers
-from lift_ds.logs import get_logger
+from lift_ds.model.attach import dry_attach
+from lift_ds.model.layers import PrincipalLayer, principal_layers
 from lift_ds.planner.architecture import Architecture, read_architecture
 from lift_ds.planner.configuration import in_one_line, left_out, read_content, settings_of
+from lift_ds.runtime.logs import get_logger
 
 #: The classes of language models, each with the configurations it is for: those with a decoder alone, those with an
 #: encoder too, those that see images.

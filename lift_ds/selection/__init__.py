@@ -1,18 +1,19 @@
-"""Which entries of a matrix are principal: pure mathematics on one matrix, no communication."""
+"""Which entries of a matrix are principal: pure mathematics on one matrix, no communication.
 
-from lift_ds.selection.carry import PrincipalState, carry_over
-from lift_ds.selection.choice import choose_solver
-from lift_ds.selection.cost import deal_out, selection_cost
+Read `select` first; `low_rank` and `chebyshev` are the two ways to the low-rank approximation.
+"""
+
+from lift_ds.selection.cost import choose_solver, selection_cost
 from lift_ds.selection.low_rank import low_rank_factors
-from lift_ds.selection.principal import Selected, principal_indices, select_principal
+from lift_ds.selection.select import Selected, principal_indices, select_principal
+from lift_ds.selection.settings import MatrixSize, SelectionSettings
 from lift_ds.selection.topk import top_k_positions
 
 __all__ = [
-    "PrincipalState",
+    "MatrixSize",
     "Selected",
-    "carry_over",
+    "SelectionSettings",
     "choose_solver",
-    "deal_out",
     "low_rank_factors",
     "principal_indices",
     "select_principal",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lift_ds.selection.estimate import Deviation, column_sample, deviation, deviation_per_error
+from lift_ds.selection.deviation import Deviation, column_sample, deviation, deviation_per_error
 from lift_ds.selection.low_rank import Factors, outer_gram, projected
 from lift_ds.selection.precision import unit_scale, working_precision
 

@@ -1,8 +1,6 @@
-"""What a selection costs, and who does which: the largest matrices are dealt out first."""
+"""What a selection costs, and which solver "auto" takes."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 #: Leading terms of the usual operation counts, s the shorter and l the longer side: symmetric eigendecomposition with
 #: vectors 9 s³, thin singular value decomposition with both factors 6 s² l + 20 s³. Not fitted to any machine.
@@ -13,6 +11,27 @@ _PRODUCTS = 12
 
 #: Forming abs(W') and ranking it, per entry, in units of one operation of a matrix product; a guess.
 _RANKING = 50
+
+#: Shorter side from which "chebyshev", from an earlier subspace as in every refresh, is faster than "gram": in units of
+#: r and at least, by type of device. Measured on the CPU, for r = 16 to 128, by
+#: `benchmarks/refresh.py --shapes 384x1024 512x1360 768x2048 --lra_rank 64 --threads 1`; the others take its numbers.
+_CROSSOVER = {"cpu": (6, 512)}
+
+
+def choose_solver(rows: int, columns: int, lra_rank: int, device_type: str) -> str:
+    """Return the solver that is faster for a matrix of that shape, by measurement.
+
+    Args:
+        rows: m.
+        columns: n.
+        lra_rank: r.
+        device_type: "cpu", "cuda", ...
+
+    Returns:
+        "gram" or "chebyshev".
+    """
+    ranks, least = _CROSSOVER.get(device_type, _CROSSOVER["cpu"])
+    return "chebyshev" if min(rows, columns) >= max(ranks * lra_rank, least) else "gram"
 
 
 def selection_cost(rows: int, columns: int, lra_rank: int, solver: str) -> int:
@@ -34,24 +53,3 @@ def selection_cost(rows: int, columns: int, lra_rank: int, solver: str) -> int:
         vectors = _EIGH * short**3 if solver == "gram" else 3 * _PRODUCTS * lra_rank * short**2
         factors = short**2 * long + vectors + 2 * lra_rank * rows * columns
     return factors + 2 * lra_rank * rows * columns + ranking
-
-
-def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Assign jobs to ranks, longest first, each to the rank with the least to do so far.
-
-    The result depends on the arguments alone, so every rank finds the same.
-
-    Args:
-        costs: of the jobs.
-        ranks: how many.
-
-    Returns:
-        For each rank the numbers of its jobs, longest first. No rank has more than its share plus one job.
-    """
-    loads = [0] * ranks
-    jobs: list[list[int]] = [[] for _ in range(ranks)]
-    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[rank] += costs[job]
-        jobs[rank].append(job)
-    return jobs

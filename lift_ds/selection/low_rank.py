@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lift_ds.selection.precision import unit_scale, working_precision
-from lift_ds.selection.tiles import tiles
+from lift_ds.selection.precision import tiles, unit_scale, working_precision
 
 #: Two factors [m, r] and [r, n] whose product is W'.
 Factors = tuple[Tensor, Tensor]

@@ -5,7 +5,12 @@ Upper estimates, in bytes; `tests/unit/test_refresh_memory.py` holds them agains
 
 from __future__ import annotations
 
-from lift_ds.selection.tiles import TILE_ENTRIES
+import dataclasses
+
+from lift_ds.selection.precision import TILE_ENTRIES
+from lift_ds.selection.settings import MatrixSize, SelectionSettings
+
+_GIB = 2**30
 
 #: Blocks of 3/2 r vectors that "chebyshev" holds at most beside its Gram matrix, and the columns of W' it samples.
 _BLOCKS, _SAMPLE = 12, 5 * 128
@@ -17,46 +22,33 @@ _CANDIDATE = 17
 _CUT, _CARRY = 56, 72
 
 
-def selection_memory(
-    rows: int,
-    columns: int,
-    k: int,
-    lra_rank: int,
-    solver: str,
-    itemsize: int,
-    tile_entries: int = TILE_ENTRIES,
-    block_rows: int = 1,
-) -> int:
+def selection_memory(matrix: MatrixSize, settings: SelectionSettings) -> int:
     """Estimate the peak of selecting in one matrix, without the matrix itself.
 
     Args:
-        rows: m.
-        columns: n.
-        k: entries selected.
-        lra_rank: r.
-        solver: "svd", "gram" or "chebyshev"; of the last, which may fall back to "gram", the larger of the two.
-        itemsize: bytes of an entry of the weight.
-        tile_entries: entries of W' that are formed at a time.
-        block_rows: p, rows of W' that have to be formed together.
+        matrix: its size.
+        settings: what is selected, and how; "chebyshev" may fall back to "gram", so it counts as the larger of the two.
     """
-    number = max(4, itemsize)  # float64 stays, all else is computed in float32
-    tile = min(max(tile_entries, block_rows * columns), rows * columns)
-    ranking = 3 * number * tile + _CANDIDATE * min(2 * k + tile, rows * columns) + _CUT * k
-    if lra_rank >= min(rows, columns):
+    number = max(4, matrix.itemsize)  # float64 stays, all else is computed in float32
+    least = settings.block_shape[0] * matrix.columns  # rows of W' that have to be formed together
+    tile = min(max(settings.tile_entries, least), matrix.entries)
+    ranking = 3 * number * tile + _CANDIDATE * min(2 * settings.k + tile, matrix.entries) + _CUT * settings.k
+    if settings.lra_rank >= min(matrix.rows, matrix.columns):
         return ranking
-    factors = 2 * number * lra_rank * (rows + columns)
-    return factors + max(_factoring(rows, columns, lra_rank, solver, number), ranking)
+    factors = 2 * number * settings.lra_rank * (matrix.rows + matrix.columns)
+    return factors + max(number * _factoring(matrix, settings), ranking)
 
 
-def _factoring(rows: int, columns: int, lra_rank: int, solver: str, number: int) -> int:
-    short, entries = min(rows, columns), rows * columns
-    if solver == "svd":
-        return number * (3 * entries + 5 * short**2)
+def _factoring(matrix: MatrixSize, settings: SelectionSettings) -> int:
+    """Estimate how many numbers are held while the matrix is factored."""
+    short, entries = min(matrix.rows, matrix.columns), matrix.entries
+    if settings.solver == "svd":
+        return 3 * entries + 5 * short**2
     gram = _EIGH * short**2 + 2 * min(TILE_ENTRIES, entries)
-    if solver == "gram":
-        return number * gram
-    blocks = (_BLOCKS * 3 * lra_rank // 2 + _SAMPLE) * short
-    return number * max(gram, short**2 + max(2 * min(TILE_ENTRIES, entries), blocks))
+    if settings.solver == "gram":
+        return gram
+    blocks = (_BLOCKS * 3 * settings.lra_rank // 2 + _SAMPLE) * short
+    return max(gram, short**2 + max(2 * min(TILE_ENTRIES, entries), blocks))
 
 
 def carry_memory(k: int) -> int:
@@ -64,19 +56,49 @@ def carry_memory(k: int) -> int:
     return _CARRY * k
 
 
-def tile_entries_within(
-    bound: int, rows: int, columns: int, k: int, lra_rank: int, solver: str, itemsize: int, block_rows: int = 1
-) -> int | None:
-    """Return the largest tile with which selecting in a matrix stays within a bound; None where none does.
+def within(bound: int, matrix: MatrixSize, settings: SelectionSettings) -> SelectionSettings | None:
+    """Return the settings with the largest tile for which a selection stays within a bound; None where none does.
 
     Args:
         bound: bytes.
-        rows: m, and the other arguments as for `selection_memory`.
+        matrix: its size.
+        settings: the tile in it is not looked at.
     """
-    tile = TILE_ENTRIES
-    least = block_rows * columns
-    while selection_memory(rows, columns, k, lra_rank, solver, itemsize, tile, block_rows) > bound:
+    tile, least = TILE_ENTRIES, settings.block_shape[0] * matrix.columns
+    while True:
+        settings = dataclasses.replace(settings, tile_entries=tile)
+        if selection_memory(matrix, settings) <= bound:
+            return settings
         if tile <= least:
             return None
         tile = max(least, tile // 2)
-    return tile
+
+
+def bounded(
+    name: str, matrix: MatrixSize, settings: SelectionSettings, gib: float | None, *, reserved: int = 0, held: int = 0
+) -> SelectionSettings:
+    """Return the settings for a matrix with the largest tile that a bound on memory allows.
+
+    Args:
+        name: of the layer, for the message of an error.
+        matrix: its size.
+        settings: how to select there.
+        gib: the bound, `refresh_memory_gib` of the configuration; None for none.
+        reserved: bytes of the bound that other things take meanwhile.
+        held: those of them that are there while states are carried over.
+
+    Raises:
+        ValueError: when the bound is too low; says what the matrix needs.
+    """
+    if gib is None:
+        return settings
+    bound = int(gib * _GIB)
+    smallest = dataclasses.replace(settings, tile_entries=settings.block_shape[0] * matrix.columns)
+    needed = max(reserved + selection_memory(matrix, smallest), held + carry_memory(settings.k))
+    fitting = within(bound - reserved, matrix, settings)
+    if fitting is None or needed > bound:
+        raise ValueError(
+            f"refresh_memory_gib={gib:g}: refreshing {name} [{matrix.rows}, {matrix.columns}] with "
+            f"{settings.k:,} entries needs at least {needed / _GIB:.3g}; raise it, or leave it out for no bound"
+        )
+    return fitting

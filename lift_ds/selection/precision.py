@@ -1,4 +1,7 @@
-"""In which precision selections are computed."""
+"""In which precision selections are computed, and how many rows of a matrix at a time.
+
+A matrix is worked through in tiles, so that nothing as large as it is ever formed beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lift_ds.selection.tiles import TILE_ENTRIES, tiles
+#: Entries of a tile where nothing asks for smaller ones: 64 MiB in float32.
+TILE_ENTRIES = 2**24
 
 #: Backends that may round the factors of a float32 product to fewer bits (TF32, bf16).
 _BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+
+
+def tiles(length: int, other: int, entries: int = TILE_ENTRIES) -> Iterator[slice]:
+    """Cut one side of a matrix.
+
+    Args:
+        length: of the side that is cut.
+        other: length of the other side.
+        entries: of a tile, at most (but at least one row or column).
+
+    Yields:
+        Slices that cover range(length), in order.
+    """
+    step = max(1, entries // other)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def working_precision(weight: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lift_ds.config import LiftConfig
-from lift_ds.layers import HOST_TILE_ENTRIES, TILE_ENTRIES
+from lift_ds.model.layers import GRADIENT_TILE, HOST_GRADIENT_TILE
 from lift_ds.planner import peak, speed
 from lift_ds.planner.formulas import Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.peak import Activations
-from lift_ds.planner.refresh import refresh_work
+from lift_ds.planner.refresh_work import refresh_work
 from lift_ds.study.cells import PROBE, Cell, Sizes
 from lift_ds.study.llamas import llama_config
 from lift_ds.study.table import OK, Row, cell_of
@@ -84,7 +84,7 @@ def setting_of(cell: Cell, device: str) -> Setting:
         trained=trained[cell.method],
         unmanaged=sum(model.others),
         bucket=sizes.bucket,
-        tile=HOST_TILE_ENTRIES if device == "cpu" else TILE_ENTRIES,
+        tile=HOST_GRADIENT_TILE if device == "cpu" else GRADIENT_TILE,
         first_inputs=3 * sizes.hidden**2,
     )
 

@@ -27,14 +27,14 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from lift_ds.ranks import from_all
+from lift_ds.runtime.ranks import from_all
 from lift_ds.study.cells import PROBE, Cell
 from lift_ds.study.counting import Ledger
 from lift_ds.study.job import RESULT, Job, read_job
 from lift_ds.study.llamas import build_engine, build_llama
 from lift_ds.study.node import write_whole
 from lift_ds.study.surroundings import surroundings
-from lift_ds.training.shared_memory import unlink_shared_memory
+from lift_ds.zero.ranks import unlink_shared_memory
 
 Record = dict[str, Any]
 

@@ -1,1 +1,4 @@
-"""What launch/train.py is made of: arguments, loading, reporting, saving. Needs the `trl` extra."""
+"""The shipped trainer: a job from command line to saved model, on TRL's SFTTrainer. Needs the `trl` extra.
+
+Read `main` first.
+"""

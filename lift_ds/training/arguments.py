@@ -16,9 +16,9 @@ from trl import SFTConfig
 
 from lift_ds import LiftConfig
 from lift_ds.config import LIFT_BLOCK, TARGET_PRESETS, TRAIN_DEFAULTS_BLOCK, USUAL_DENSITY, read_ds_config
-from lift_ds.data import ROW_LAYOUTS, TEXT_FIELD
-from lift_ds.engine import refuse_optimizer_block
-from lift_ds.logs import get_logger, is_main_rank
+from lift_ds.runtime.logs import get_logger, is_main_rank
+from lift_ds.training.data import ROW_LAYOUTS, TEXT_FIELD
+from lift_ds.zero.engine import refuse_optimizer_block
 from lift_ds.zero.options import refuse_options
 
 logger = get_logger()

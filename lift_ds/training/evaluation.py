@@ -7,8 +7,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from lift_ds.data import choose
-from lift_ds.demo import run as demo
+from lift_ds.training.data import choose
+from lift_ds.training.demo import run as demo
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,22 @@ from collections.abc import Mapping
 
 import psutil
 
+from lift_ds.runtime.ports import free_port
+
 #: Seconds between two looks.
 _INTERVAL = 1.0
 
 _NODE_LAUNCHER, _COMMAND = "deepspeed.launcher.launch", ("deepspeed", "ds", "deepspeed.launcher.runner")
+
+
+def count_local_ranks() -> None:
+    """Set LOCAL_SIZE, by which DeepSpeed counts the devices of a CPU machine; it looks when it is imported.
+
+    torchrun, mpirun and srun have names of their own for it.
+    """
+    named = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    found = (os.environ[name] for name in named if os.environ.get(name))
+    os.environ.setdefault("LOCAL_SIZE", next(found, "1"))
 
 
 def find_ranks() -> None:
@@ -55,7 +67,7 @@ def _of_mpi() -> dict[str, str]:
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_machine = local.size == world.size
-    meeting = world.bcast((_own_address(one_machine), str(_free_port())) if world.rank == 0 else None)
+    meeting = world.bcast((_own_address(one_machine), str(free_port())) if world.rank == 0 else None)
     found = {
         **{"RANK": str(world.rank), "WORLD_SIZE": str(world.size)},
         **{"LOCAL_RANK": str(local.rank), "LOCAL_WORLD_SIZE": str(local.size)},
@@ -95,12 +107,6 @@ def _own_address(one_machine: bool) -> str:
         if not addresses[name][0].startswith("127."):
             return addresses[name][0]
     raise ValueError(f"{socket.gethostname()}, the node of rank 0, has no network interface that is up")
-
-
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def end_with_command() -> None:

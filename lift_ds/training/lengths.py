@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from lift_ds.data import is_text
-from lift_ds.logs import get_logger
+from lift_ds.runtime.logs import get_logger
 from lift_ds.training.arguments import TrainArguments
+from lift_ds.training.data import is_text
 
 logger = get_logger()
 

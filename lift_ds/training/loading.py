@@ -18,11 +18,11 @@ from transformers.utils import is_flash_attn_2_available
 from lift_ds import LiftConfig
 from lift_ds.checkpoint import Choice, newest, read
 from lift_ds.config import TARGET_PRESETS
-from lift_ds.data import check_chat_template, check_loss, hold_out, load_file, load_named
-from lift_ds.logs import get_logger
-from lift_ds.ranks import by_main
+from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.ranks import by_main
 from lift_ds.trainer import layout_of
 from lift_ds.training.arguments import ScriptArguments, TrainArguments
+from lift_ds.training.data import check_chat_template, check_loss, hold_out, load_file, load_named
 
 logger = get_logger()
 

@@ -17,8 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lift_ds import LiftConfig
-from lift_ds.logs import is_main_rank
-from lift_ds.ranks import from_all
+from lift_ds.runtime.logs import is_main_rank
+from lift_ds.runtime.ranks import from_all
 
 #: In the run's folder; each start replaces it.
 RECORD = Path("launch", "resolved.json")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lift_ds.runtime.logs import is_main_rank
 
 
 class SpeedCallback(TrainerCallback):
@@ -89,3 +95,16 @@ def loss_table(before: Mapping[str, float], after: Mapping[str, float], names: M
             rows.append((name, f"{was:.4f}", f"{now:.4f}", f"{(now - was) / was:+.1%}"))
     width = max(len(row[0]) for row in rows)
     return "\n".join(f"{name:<{width}}  {was:>8}  {now:>8}  {change:>8}" for name, was, now, change in rows)
+
+
+def speak_on_one_rank() -> None:
+    """Keep what is the same on every rank to rank 0: warnings, progress bars, the libraries' logs."""
+    transformers.logging.set_verbosity_warning()
+    if is_main_rank():
+        return
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

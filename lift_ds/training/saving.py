@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lift_ds.logs import is_main_rank
+from lift_ds.model.partition import is_partitioned, partition_of
+from lift_ds.runtime.logs import is_main_rank
 from lift_ds.training.loading import Base
 
 _ADAPTER = "default"
@@ -94,12 +95,8 @@ def _factors(adapter: Any) -> list[Tensor]:
 
 
 def _whole(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
-    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-    if not partitioned:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(partitioned)
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    return partition_of(partitioned[0]).gathered(partitioned) if partitioned else contextlib.nullcontext()
 
 
 def _plain_name(name: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from deepspeed.utils import get_z3_leaf_modules
 from torch import nn
 
-from lift_ds.layers import principal_layers
-from lift_ds.principal import PrincipalSet
+from lift_ds.model.layers import principal_layers
+from lift_ds.model.parameters import PrincipalSet
 
 
 class _NeverALeaf:

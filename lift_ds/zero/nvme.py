@@ -16,7 +16,8 @@ from deepspeed.checkpoint.ds_to_universal import dp_index_to_str
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from torch import Tensor
 
-from lift_ds.zero.partitioned import is_partitioned, lives_on_nvme, shard_in_memory
+from lift_ds.model.partition import is_partitioned
+from lift_ds.zero.partitioned import lives_on_nvme, shard_in_memory
 
 #: Names of DeepSpeed's files of offloaded states: of a sub-group from one parameter's number to another's.
 _STATE_FILE = re.compile(r"(?:exp_avg(?:_sq)?-)?(\d+_\d+)\.tensor\.swp")

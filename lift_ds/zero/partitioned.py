@@ -15,16 +15,12 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, is_zero_param
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
-from lift_ds.kernels import entries_of
-from lift_ds.selection.encoding import CompactIndex
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Tell whether ZeRO-3 partitions a parameter (even if it is whole at this moment)."""
-    return is_zero_param(parameter)
+from lift_ds.index.encoding import CompactIndex
+from lift_ds.index.entries import entries_of
+from lift_ds.model.partition import is_partitioned
 
 
 def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
@@ -34,6 +30,24 @@ def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         parameters: any parameters. On leaving, the partitioned ones hold only their shards again.
     """
     return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None)
+
+
+class ZeroPartition:
+    """The `Partition` of parameters that ZeRO-3 has partitioned; see `lift_ds.model.partition`."""
+
+    def shape(self, parameter: Any) -> torch.Size:
+        return torch.Size(parameter.ds_shape)
+
+    def gathered(self, parameters: Sequence[Any]) -> AbstractContextManager[object]:
+        """One all-gather."""
+        return gathered(parameters)
+
+    def partition_like(self, parameter: Any, others: Sequence[Tensor]) -> None:
+        """One broadcast each; afterwards each rank holds 1/N of each."""
+        parameter.convert_to_zero_parameters(param_list=list(others))
+
+
+PARTITION = ZeroPartition()
 
 
 @torch.no_grad()
@@ -88,15 +102,6 @@ def shard_in_memory(parameter: Any, *, write: bool) -> Iterator[Any]:
         parameter.nvme_swapper.swap_out_and_release([parameter])
     elif swapped_in:
         parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
-
-
-def partition_like(model_parameter: Any, parameters: Sequence[Tensor]) -> None:
-    """Partition new parameters the way a parameter of the model is; nothing happens where that one is not.
-
-    Afterwards each rank holds 1/N of each, as rank 0 had it (one broadcast each).
-    """
-    if is_partitioned(model_parameter):
-        model_parameter.convert_to_zero_parameters(param_list=list(parameters))
 
 
 def shard_range(parameter: Any) -> tuple[int, int]:

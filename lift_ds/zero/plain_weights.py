@@ -24,10 +24,10 @@ from deepspeed.utils import zero_to_fp32, zero_to_torch
 from torch import Tensor
 
 from lift_ds import checkpoint
-from lift_ds.kernels import entries_of
-from lift_ds.layers import INDEX_WORDS, PRINCIPAL_KEYS, VALUES
-from lift_ds.ranks import alone
-from lift_ds.selection.encoding import CompactIndex, IndexLayout
+from lift_ds.index.encoding import CompactIndex, IndexLayout
+from lift_ds.index.entries import entries_of
+from lift_ds.model.layers import INDEX_WORDS, PRINCIPAL_KEYS, VALUES
+from lift_ds.runtime.ranks import alone
 
 #: File -> its content.
 _SCRIPTS = {

@@ -20,7 +20,7 @@ import torch
 from deepspeed import comm
 from torch import Tensor
 
-from lift_ds.principal import PrincipalIndex
+from lift_ds.model.parameters import PrincipalIndex
 
 _SAME_ORDER = (
     "ZeRO 1 and 2 reduce gradients in the order of backward, which has to be the same on every rank, also without "

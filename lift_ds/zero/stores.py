@@ -28,9 +28,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from lift_ds.layers import PrincipalLayer
-from lift_ds.selection import PrincipalState
-from lift_ds.store import DenseStore, Selection, differences, put_values, weights_at
+from lift_ds.model.layers import PrincipalLayer
+from lift_ds.refresh.carry import PrincipalState
+from lift_ds.refresh.store import DenseStore, Selection, differences, put_values, weights_at
 from lift_ds.zero.partitioned import (
     assign,
     gathered,

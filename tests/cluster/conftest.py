@@ -9,8 +9,8 @@ import pytest
 from cluster import Cluster, why_not
 from given import Given
 
-from lift_ds.demo import texts
-from lift_ds.demo.base import BaseSettings, build_base
+from lift_ds.training.demo import texts
+from lift_ds.training.demo.base import BaseSettings, build_base
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lift_ds
-from lift_ds.attachment import require_attachment
-from lift_ds.layers import PrincipalLayer
+from lift_ds.model.attachment import require_attachment
+from lift_ds.model.layers import PrincipalLayer
 from lift_ds.zero.partitioned import gathered
 
 

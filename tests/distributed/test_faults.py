@@ -17,7 +17,7 @@ import pytest
 import torch
 from harness import LIMIT_SECONDS, WORKERS, rank_environment
 
-from lift_ds import watch
+from lift_ds.runtime import watchdog
 
 #: "<signal> <where rank 1 meets it> <ZeRO stage>" -> what rank 0 names, as a pattern.
 QUICK = {
@@ -90,7 +90,7 @@ def check(result: dict[str, Any], name: str, operation: str) -> None:
     assert result["seconds"] is not None, f"rank 0 did not end after the fault, or there was none\n{said}"
     assert result["seconds"] < GONE_SECONDS, said
     if name.startswith("SIGSTOP"):
-        assert result["code"] == watch.STALLED, said
+        assert result["code"] == watchdog.STALLED, said
         assert re.search(rf" s in ({operation})\. Another rank", result["said"]), said
     else:  # uncaught, so Python's own code
         assert result["code"] == 1, said

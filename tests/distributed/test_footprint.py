@@ -17,7 +17,7 @@ FOOTPRINT = Path(__file__).parents[2] / "benchmarks" / "footprint.py"
 SIZES = "--hidden 256 --intermediate 656 --layers 2 --vocabulary 64 --batch 1 --sequence 128"
 
 
-@pytest.mark.parametrize("more", ["", "--checkpointing --vocabulary 1024"])
+@pytest.mark.parametrize("more", ["", pytest.param("--checkpointing --vocabulary 1024", marks=pytest.mark.slow)])
 def test_counts_agree_with_formulas(more: str, tmp_path: Path) -> None:
     output = tmp_path / "footprint.json"
     command = f"--ranks 2 --stages 2,3 --methods lift {SIZES} {more} --output {output}"  # the last of a flag holds

@@ -20,7 +20,7 @@ from option_cases import EXACT, OPTIONS, REFUSED_VALUES, Option
 from torch import nn
 
 import lift_ds
-from lift_ds.zero.facade import STORES
+from lift_ds.zero.bind import STORES
 from lift_ds.zero.options import REFUSED, refuse_options, refuse_pipeline
 
 Results = dict[str, Any]

@@ -17,7 +17,7 @@ from harness import run_ranks
 from torch import Tensor
 
 import lift_ds
-from lift_ds.attachment import require_attachment
+from lift_ds.model.attachment import require_attachment
 from lift_ds.reference import ReferenceLift
 
 TOLERANCE = 1e-6

@@ -8,8 +8,8 @@ import pytest
 from launches import CONFIGS, Finished, finish, on_two_ranks
 from material import EIGHT_STEPS, Material
 
-from lift_ds.demo import texts
-from lift_ds.demo.base import BaseSettings, build_base
+from lift_ds.training.demo import texts
+from lift_ds.training.demo.base import BaseSettings, build_base
 
 
 @pytest.fixture(scope="session")

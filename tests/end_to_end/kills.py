@@ -10,7 +10,7 @@ themselves.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import mmap
 import os
@@ -29,10 +29,10 @@ os.environ["LOCAL_SIZE"] = "2"  # before DeepSpeed is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from forked import Group
-from launches import TRAIN
 
-from lift_ds import watch
 from lift_ds.checkpoint import DESCRIPTION
+from lift_ds.runtime import watchdog
+from lift_ds.training import launcher
 
 #: Longest waits: for a life to reach what it is to be killed in, or its end; for a rank whose peer was killed.
 LIFE_SECONDS, SURVIVOR_SECONDS = 180.0, 75.0
@@ -78,13 +78,8 @@ class Life:
 
 
 def load_main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module
-    spec.loader.exec_module(module)
-    return module.main
+    launcher.count_local_ranks()
+    return importlib.import_module("lift_ds.training.main").run
 
 
 class Board:
@@ -100,7 +95,7 @@ class Board:
     def _keep_showing(self, rank: int) -> None:
         first = ""
         while True:
-            operation = watch.current()
+            operation = watchdog.current()
             self._write(rank, operation)
             if rank == 0 and not first and operation.startswith("forward"):
                 first = operation

@@ -30,7 +30,7 @@ from segments import free_port
 from sentences import reward, sentences, t5, tokenizer, translations
 
 import lift_ds
-from lift_ds.attachment import attachment_of
+from lift_ds.model.attachment import attachment_of
 
 IMPORTED = (accelerate, deepspeed, peft, transformers, trl)  # before the fork
 

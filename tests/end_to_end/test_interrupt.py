@@ -62,7 +62,7 @@ def endless(material: Material, folder: Path) -> list[str]:
     ("number", "send"),
     [
         pytest.param(signal.SIGINT, to_group, id="ctrl-c"),
-        pytest.param(signal.SIGTERM, to_node_launcher, id="sigterm-to-node-launcher"),
+        pytest.param(signal.SIGTERM, to_node_launcher, id="sigterm-to-node-launcher", marks=pytest.mark.slow),
         # The same handlers as the two above, the other way round; a launch each.
         pytest.param(signal.SIGTERM, to_group, id="sigterm-to-group", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, to_node_launcher, id="sigint-to-node-launcher", marks=pytest.mark.slow),

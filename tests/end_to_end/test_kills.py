@@ -26,7 +26,7 @@ from launches import CONFIGS, Launch, finish, on_two_ranks, started
 from material import Material
 from saved import load_like
 
-from lift_ds import watch
+from lift_ds.runtime import watchdog
 
 pytestmark = pytest.mark.slow
 
@@ -92,8 +92,8 @@ def test_a_rank_that_is_left_ends_by_itself_and_says_why(campaign: tuple[Path, L
     left = [life for life in lives if life["survivor_code"] is not None]
     assert left
     for life in left:
-        assert life["survivor_code"] in (watch.LOST_RANK, watch.STALLED), life
-        assert life["survivor_code"] == watch.STALLED or "another rank is gone" in life["survivor"], life
+        assert life["survivor_code"] in (watchdog.LOST_RANK, watchdog.STALLED), life
+        assert life["survivor_code"] == watchdog.STALLED or "another rank is gone" in life["survivor"], life
 
 
 def test_kills_hit_training_refreshes_and_saves(campaign: tuple[Path, Lives, int]) -> None:

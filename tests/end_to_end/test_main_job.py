@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import CONFIGS, TRAIN, Finished, finish, on_two_ranks
+from launches import CONFIGS, Finished, finish, on_two_ranks
 from safetensors import safe_open
 from saved import generate, is_managed, load_like
 from torch import Tensor
 from transformers import AutoConfig
 
-from lift_ds.data import instruction_prompt
+from lift_ds.training.data import instruction_prompt
 
 #: What launch/train.py sets for the generated run.
 BUDGET_RANK, LRA_RANK, INTERVAL, STEPS = 16, 32, 30, 120
@@ -125,10 +125,7 @@ def test_the_largest_entries_of_the_approximation_are_trained(bare: BareRun) -> 
 
 def test_a_finished_run_runs_its_exit_handlers_and_keeps_its_code() -> None:
     code = (
-        "import atexit, runpy\n"
-        f"train = runpy.run_path({str(TRAIN)!r})\n"
-        "atexit.register(print, 'handled')\n"
-        "train['end'](3)\n"
+        "import atexit\nfrom lift_ds.training import endings, main\natexit.register(print, 'handled')\nendings.end(3)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 3

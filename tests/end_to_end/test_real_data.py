@@ -50,9 +50,8 @@ def test_lift_changes_selected_entries_alone(config: str, material: Material, tm
     generate(ended.output, "Tom has")
 
 
-@pytest.mark.parametrize(
-    ("method", "config"), [("lora", "lift_zero3"), pytest.param("full", "lift_zero2", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "config"), [("lora", "lift_zero3"), ("full", "lift_zero2")])
 def test_other_methods_save_plain_models_too(method: str, config: str, material: Material, tmp_path: Path) -> None:
     flags = material.flags(tmp_path / "out", "--method", method, "--lora_rank", 4)
     ended = finish(on_two_ranks(CONFIGS / f"{config}.json", *flags), tmp_path)

@@ -1,6 +1,6 @@
 """Compiles the Triton kernel for GPUs that need not be there, by the arguments of its own launches.
 
-python compile_kernels.py RESULTS.json     RESULTS: target -> {case: the kinds of code it was compiled to, or an error}
+python compile_kernels.py TARGET RESULTS.json     RESULTS: {case: the kinds of code it was compiled to, or an error}
 
 A process of its own: where TRITON_INTERPRET is set, triton has replaced its compiler by the interpreter.
 """
@@ -17,8 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lift_ds.kernels.triton_entries import TritonEntries, copy_entries
-from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
+from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
+from lift_ds.index.kernels.triton_entries import TritonEntries, copy_entries
 
 #: Ampere, Hopper, Blackwell.
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
@@ -68,19 +68,16 @@ def compiled(
     return sorted(kernel.asm)
 
 
-def main(results: Path) -> None:
-    found: dict[str, dict[str, Any]] = {}
-    for name, target in TARGETS.items():
-        triton.runtime.driver.set_active(CompileOnly(target))
-        copy_entries.device_caches.clear()  # what triton has for "device 0" is for the target before
-        found[name] = {}
-        for block_shape, grid_columns in itertools.product(BLOCK_SHAPES, GRIDS):
-            entries, count, size = entries_of(block_shape, grid_columns)
-            for (piece, values), gather in itertools.product(DTYPES, (True, False)):
-                case = f"{block_shape} {grid_columns} {piece} {values} {'gather' if gather else 'put'}"
-                found[name][case] = compiled(entries, count, size, piece, values, gather)
+def main(target: str, results: Path) -> None:
+    triton.runtime.driver.set_active(CompileOnly(TARGETS[target]))
+    found = {}
+    for block_shape, grid_columns in itertools.product(BLOCK_SHAPES, GRIDS):
+        entries, count, size = entries_of(block_shape, grid_columns)
+        for (piece, values), gather in itertools.product(DTYPES, (True, False)):
+            case = f"{block_shape} {grid_columns} {piece} {values} {'gather' if gather else 'put'}"
+            found[case] = compiled(entries, count, size, piece, values, gather)
     results.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

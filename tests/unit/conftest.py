@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lift_ds.logs import get_logger
+from lift_ds.runtime.logs import get_logger
 
 
 class _Collector(logging.Handler):

@@ -9,8 +9,8 @@ import torch
 from cases import loss_of
 from torch import Tensor, nn
 
-from lift_ds.attachment import require_attachment
-from lift_ds.layers import PrincipalLayer
+from lift_ds.model.attachment import require_attachment
+from lift_ds.model.layers import PrincipalLayer
 from lift_ds.optimizer import LiftAdamW
 
 

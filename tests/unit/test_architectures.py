@@ -17,7 +17,7 @@ from architectures import CASES, FALCON, LLAMA, PUBLISHED, VISION, Case
 
 import lift_ds
 from lift_ds import LiftConfig, cli
-from lift_ds.layers import principal_layers
+from lift_ds.model.layers import principal_layers
 from lift_ds.planner.models import ModelFacts, read_facts
 
 CONFIG = LiftConfig(budget_rank=2, lra_rank=2)

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import lift_ds
-from lift_ds.attach import dry_attach
-from lift_ds.attachment import attachment_of, leave_out_of_saved_models
-from lift_ds.layers import LiftConv1D, LiftLinear
+from lift_ds.model.attach import dry_attach
+from lift_ds.model.attachment import attachment_of, leave_out_of_saved_models
+from lift_ds.model.layers import LiftConv1D, LiftLinear
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=4, refresh_interval=100)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lift_ds
-from lift_ds.refresh_plan import plan_refresh
-from lift_ds.selection import choose_solver, select_principal
+from lift_ds.refresh.schedule import plan_refresh
+from lift_ds.selection import MatrixSize, SelectionSettings, choose_solver, select_principal
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -23,8 +23,9 @@ def test_the_shorter_side_and_the_rank_decide(device_type: str) -> None:
 def test_auto_runs_what_the_plan_says() -> None:
     config = lift_ds.LiftConfig(density=0.05, lra_rank=8)
     shapes = {"small": (64, 900), "large": (512, 520)}
-    plan = plan_refresh(shapes, 4, config, ranks=1, collected=False, device_type="cpu")
+    sizes = {name: MatrixSize.of(shape, 4) for name, shape in shapes.items()}
+    plan = plan_refresh(sizes, config, ranks=1, collected=False, device_type="cpu")
     generator = torch.Generator().manual_seed(0)
     for name, solver in (("small", "gram"), ("large", "chebyshev")):
-        found = select_principal(torch.randn(shapes[name], generator=generator), k=2000, lra_rank=8)
-        assert plan.solvers[name] == found.solver == solver
+        found = select_principal(torch.randn(shapes[name], generator=generator), SelectionSettings(2000, lra_rank=8))
+        assert plan.settings[name].solver == found.solver == solver

@@ -16,7 +16,7 @@ from cases import build
 import lift_ds
 from lift_ds import LiftConfig
 from lift_ds.config import read_ds_config
-from lift_ds.engine import refuse_optimizer_block, resolve_auto
+from lift_ds.zero.engine import refuse_optimizer_block, resolve_auto
 
 
 @pytest.mark.parametrize(

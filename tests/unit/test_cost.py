@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lift_ds.selection import deal_out, selection_cost
+from lift_ds.runtime.ranks import deal_out
+from lift_ds.selection import selection_cost
 
 LLAMA_7B_LAYER = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 

@@ -1,4 +1,4 @@
-"""Pins down lift_ds.data: what rows become, and what is said of rows and files that cannot be used."""
+"""Pins down lift_ds.training.data: what rows become, and what is said of rows and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lift_ds.data import (
+from lift_ds.training.data import (
     check_chat_template,
     check_loss,
     hold_out,

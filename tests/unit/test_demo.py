@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lift_ds.data import instruction_prompt, load_file
-from lift_ds.demo import base, run, texts
+from lift_ds.training.data import instruction_prompt, load_file
+from lift_ds.training.demo import base, run, texts
 
 TINY = base.BaseSettings(
     hidden_size=32, layers=1, heads=2, intermediate_size=64, vocab_size=320, block_size=32, batch_size=2, steps=2,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lift_ds import LiftConfig
-from lift_ds.layers import principal_layers
+from lift_ds.model.layers import principal_layers
 from lift_ds.planner.configuration import load_config
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import (
@@ -31,9 +31,9 @@ from lift_ds.planner.formulas import (
     persistent,
 )
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
-from lift_ds.planner.refresh import refresh_work
-from lift_ds.refresh_plan import plan_refresh
-from lift_ds.selection.cost import selection_cost
+from lift_ds.planner.refresh_work import refresh_work
+from lift_ds.refresh.schedule import plan_refresh
+from lift_ds.selection import MatrixSize, selection_cost
 from lift_ds.zero.sharded_index import ShardedIndex
 
 RANKS = 64
@@ -87,8 +87,12 @@ def test_shards_of_zero3_are_what_the_planner_says(model: nn.Module, facts: Mode
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_refresh_is_dealt_out_evenly(stage: int, facts: ModelFacts) -> None:
-    plan = plan_refresh(facts.shapes, 2, CONFIG, RANKS, collected=stage == 3, device_type="cuda")
-    cost = {name: selection_cost(*shape, CONFIG.lra_rank, plan.solvers[name]) for name, shape in facts.shapes.items()}
+    sizes = {name: MatrixSize.of(shape, 2) for name, shape in facts.shapes.items()}
+    plan = plan_refresh(sizes, CONFIG, RANKS, collected=stage == 3, device_type="cuda")
+    cost = {
+        name: selection_cost(*shape, CONFIG.lra_rank, plan.settings[name].solver)
+        for name, shape in facts.shapes.items()
+    }
     jobs = [plan.jobs_of(rank) for rank in range(RANKS)]
     assert sorted(name for own in jobs for name in own) == sorted(facts.shapes)
     loads = [sum(cost[name] for name in own) for own in jobs]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lift_ds.principal import PrincipalIndex
-from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode, word_count
+from lift_ds.index.encoding import CompactIndex, IndexLayout, encode, word_count
+from lift_ds.model.parameters import PrincipalIndex
 
 
 def decode(words: torch.Tensor, rows: int, columns: int, k: int, block_shape: tuple[int, int] = (1, 1)) -> torch.Tensor:

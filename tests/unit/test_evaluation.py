@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from lift_ds.data import choose
-from lift_ds.demo import base
+from lift_ds.training.data import choose
+from lift_ds.training.demo import base
 from lift_ds.training.evaluation import of_demo, of_held_out
 
 ROWS = Dataset.from_list([{"prompt": str(number), "completion": "x"} for number in range(423)])

@@ -16,29 +16,31 @@ from helpers import same_bits
 from test_encoding import BLOCKED, some_blocks
 from torch import Tensor
 
-from lift_ds import kernels
-from lift_ds.kernels import Entries, TorchEntries, entries_of, torch_entries
-from lift_ds.selection.encoding import CompactIndex, IndexLayout, encode
+from lift_ds.index import entries as ways
+from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
+from lift_ds.index.entries import Entries, entries_of
+from lift_ds.index.kernels import torch_entries
+from lift_ds.index.kernels.torch_entries import TorchEntries
 
 #: Where the Triton kernel runs here.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _triton_entries(index: CompactIndex) -> Entries:
-    from lift_ds.kernels.triton_entries import TritonEntries
+    from lift_ds.index.kernels.triton_entries import TritonEntries
 
     return TritonEntries(index)
 
 
 def _host_entries(index: CompactIndex) -> Entries:
-    from lift_ds.kernels.host_entries import HostEntries
+    from lift_ds.index.kernels.host_entries import HostEntries
 
     return HostEntries(index)
 
 
 without_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux alone")
 without_host = pytest.mark.skipif(
-    importlib.util.find_spec("lift_ds.kernels._host") is None, reason="installed without a C compiler"
+    importlib.util.find_spec("lift_ds.index.kernels._host") is None, reason="installed without a C compiler"
 )
 #: How to make the entries, and the device of the tensors.
 KINDS = [
@@ -249,7 +251,7 @@ def test_sizes_that_contradict_each_other_are_refused(wrong: str) -> None:
 
 @without_host
 def test_on_the_host_it_is_the_compiled_kernel() -> None:
-    from lift_ds.kernels.host_entries import HostEntries
+    from lift_ds.index.kernels.host_entries import HostEntries
 
     index, _ = compact(3, 5, (1, 1), 4, "cpu")
     assert isinstance(entries_of(index), HostEntries)
@@ -257,16 +259,16 @@ def test_on_the_host_it_is_the_compiled_kernel() -> None:
 
 def test_on_a_host_without_the_kernel_it_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an install without a C compiler leaves it; said once."""
-    monkeypatch.setitem(sys.modules, "lift_ds.kernels._host", None)
-    monkeypatch.delitem(sys.modules, "lift_ds.kernels.host_entries", raising=False)
+    monkeypatch.setitem(sys.modules, "lift_ds.index.kernels._host", None)
+    monkeypatch.delitem(sys.modules, "lift_ds.index.kernels.host_entries", raising=False)
     said: list[str] = []
-    monkeypatch.setattr(kernels.get_logger(), "warning", said.append)
-    kernels._has_host_kernel.cache_clear()
+    monkeypatch.setattr(ways.get_logger(), "warning", said.append)
+    ways._has_host_kernel.cache_clear()
     try:
         index, _ = compact(3, 5, (1, 1), 4, "cpu")
         assert isinstance(entries_of(index), TorchEntries)
         assert isinstance(entries_of(index), TorchEntries)
     finally:
-        kernels._has_host_kernel.cache_clear()
+        ways._has_host_kernel.cache_clear()
     assert len(said) == 1
     assert "host kernel" in said[0]

@@ -1,4 +1,4 @@
-"""Which rank a process is under mpirun and srun, the meeting of the ranks, and the record of a start.
+"""Which rank a process is under mpirun and srun, the rendezvous of the ranks, and the record of a start.
 
 What starts real ranks on several hosts is in tests/cluster.
 """
@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from lift_ds.training import launcher, meeting, record
+from lift_ds.runtime.ports import free_port
+from lift_ds.training import launcher, record, rendezvous
 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No variable of a launcher is set, and none is left set."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", meeting.LIMIT):
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", rendezvous.LIMIT)
+    for name in ours:
         monkeypatch.setenv(name, "")  # so that it is restored at the end
         monkeypatch.delenv(name)
     for name in os.environ:
@@ -40,7 +42,7 @@ def test_slurm_tells_the_rank(environment: pytest.MonkeyPatch) -> None:
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["3", "1", "4"]
 
 
-def test_slurm_without_a_meeting_point_is_refused(environment: pytest.MonkeyPatch) -> None:
+def test_slurm_without_a_rendezvous_point_is_refused(environment: pytest.MonkeyPatch) -> None:
     """srun alone does not say where the ranks meet; the error names what is missing and who sets it."""
     _set(environment, SLURM_STEP_NUM_TASKS=4, SLURM_PROCID=3, SLURM_LOCALID=1, MASTER_PORT=29500)
     with pytest.raises(ValueError, match=r"MASTER_ADDR is not set; launch/slurm_ranks\.sbatch"):
@@ -82,38 +84,38 @@ def test_a_port_that_is_taken_is_refused(environment: pytest.MonkeyPatch, addres
         port = taken.getsockname()[1]
         _set(environment, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with pytest.raises(ValueError, match=rf"port {port} of .* is in use .* --master_port"):
-            meeting.meet()
+            rendezvous.meet()
 
 
 def test_ranks_that_do_not_come_are_named(environment: pytest.MonkeyPatch) -> None:
     """Within the limit, by their numbers."""
-    _set(environment, RANK=0, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=launcher._free_port())
-    environment.setenv(meeting.LIMIT, "1")
+    _set(environment, RANK=0, WORLD_SIZE=3, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    environment.setenv(rendezvous.LIMIT, "1")
     with pytest.raises(ValueError, match=r"ranks 1, 2 of 3 have not come to 127\.0\.0\.1:\d+ within 1 s"):
-        meeting.meet()
+        rendezvous.meet()
 
 
 def test_a_rank_0_that_does_not_answer_is_named(environment: pytest.MonkeyPatch) -> None:
     """The others say where they looked for it."""
-    _set(environment, RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=launcher._free_port())
-    environment.setenv(meeting.LIMIT, "1")
+    _set(environment, RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    environment.setenv(rendezvous.LIMIT, "1")
     with pytest.raises(ValueError, match=r"rank 1 on \S+ does not reach rank 0 at 127\.0\.0\.1:\d+ within 1 s"):
-        meeting.meet()
+        rendezvous.meet()
 
 
 @pytest.mark.parametrize("limit", ["soon", "0", "-3"])
 def test_a_limit_that_is_none_is_refused(environment: pytest.MonkeyPatch, limit: str) -> None:
     _set(environment, RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=1)
-    environment.setenv(meeting.LIMIT, limit)
-    with pytest.raises(ValueError, match=rf"{meeting.LIMIT}='{limit}'"):
-        meeting.meet()
+    environment.setenv(rendezvous.LIMIT, limit)
+    with pytest.raises(ValueError, match=rf"{rendezvous.LIMIT}='{limit}'"):
+        rendezvous.meet()
 
 
 def test_one_process_meets_nobody(environment: pytest.MonkeyPatch) -> None:
     """Without a launcher there is nothing to wait for."""
-    environment.setattr(meeting, "_store", None)
-    meeting.meet()
-    assert meeting._store is None
+    environment.setattr(rendezvous, "_store", None)
+    rendezvous.meet()
+    assert rendezvous._store is None
 
 
 def test_a_record_is_plain_json(tmp_path: Path) -> None:

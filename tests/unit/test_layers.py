@@ -15,9 +15,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import lift_ds
-from lift_ds import layers
-from lift_ds.layers import LiftConv1D, LiftFalconLinear, LiftLinear, PrincipalLayer
-from lift_ds.principal import PrincipalSet
+from lift_ds.model import layers
+from lift_ds.model.layers import LiftConv1D, LiftFalconLinear, LiftLinear, PrincipalLayer
+from lift_ds.model.parameters import PrincipalSet
 
 IN, OUT = 10, 7
 CONFIG = lift_ds.LiftConfig(density=0.3, lra_rank=2)
@@ -257,7 +257,7 @@ def test_gradient_by_tiles_of_rows_is_that_of_the_whole(kind: str, tile: int, mo
     plain = plain_layer(kind)
     layer = managed_twin(plain)
     objective(plain(inputs(5))).backward()
-    monkeypatch.setattr(layers, "HOST_TILE_ENTRIES", tile)
+    monkeypatch.setattr(layers, "HOST_GRADIENT_TILE", tile)
     objective(layer(inputs(5))).backward()
     assert layer.principal_values.grad is not None
     # Float64: the same sums, in an order that may depend on the shape of the product.
@@ -316,5 +316,5 @@ def test_of_a_large_layer_no_dense_gradient_exists_at_all(monkeypatch: pytest.Mo
     """By tiles of an eighth of a weight, less is alive at once than without them by most of a weight."""
     dense = 64 * 64 * 4
     whole = peak_bytes_of_a_backward()
-    monkeypatch.setattr(layers, "HOST_TILE_ENTRIES", 64 * 8)
+    monkeypatch.setattr(layers, "HOST_GRADIENT_TILE", 64 * 8)
     assert peak_bytes_of_a_backward() <= whole - 0.75 * dense

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
 from lift_ds.training.arguments import TrainArguments
-from lift_ds.training.trainer import CheckedTrainer
+from lift_ds.training.checked_trainer import CheckedTrainer
 
 WORDS = ["<eos>", "q", "a", "user", "assistant"]
 TEMPLATE = (

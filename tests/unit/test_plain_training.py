@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lift_ds
-from lift_ds.refresh import APPLIED_STEPS
-from lift_ds.zero.facade import bind
+from lift_ds.refresh.driver import APPLIED_STEPS
+from lift_ds.zero.bind import bind
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=3, refresh_interval=3)
 #: Large enough that a refresh after three steps replaces entries in every matrix but those trained whole.

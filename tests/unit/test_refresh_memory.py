@@ -7,6 +7,7 @@ The estimates are upper bounds of temporaries whose lifetimes depend on the vers
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import lift_ds
-from lift_ds.refresh_plan import plan_refresh
-from lift_ds.selection import PrincipalState, carry_over, low_rank
-from lift_ds.selection.memory import carry_memory, selection_memory, tile_entries_within
-from lift_ds.selection.tiles import tiles
+from lift_ds.refresh.carry import PrincipalState, carry_over
+from lift_ds.refresh.schedule import plan_refresh
+from lift_ds.selection import MatrixSize, SelectionSettings, low_rank
+from lift_ds.selection.memory import carry_memory, selection_memory, within
+from lift_ds.selection.precision import tiles
 from lift_ds.selection.topk import RunningTopK, top_k_positions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -37,7 +39,8 @@ def test_selecting_takes_no_more_than_estimated(
     rows, columns = shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for k in (rows * columns // 20, rows * columns // 3):
-        estimate = selection_memory(rows, columns, k, 32, solver, weight.element_size(), tile_entries)
+        settings = SelectionSettings(k, 32, solver, tile_entries=tile_entries)
+        estimate = selection_memory(MatrixSize(rows, columns, weight.element_size()), settings)
         peak = allocated_peak(
             lambda k=k: lift_ds.selection.principal_indices(  # type: ignore[misc]
                 weight, k=k, lra_rank=32, solver=solver, tile_entries=tile_entries
@@ -89,13 +92,21 @@ def test_the_largest_of_pieces_are_the_largest_of_all(k: int) -> None:
 
 
 def test_the_largest_tile_within_the_bound_is_taken() -> None:
-    matrix = (2048, 4096, 400_000, 2048, "gram", 2)  # the rank is the whole: nothing is factored
-    least = selection_memory(*matrix, tile_entries=4096)
-    assert tile_entries_within(least - 1, *matrix) is None
-    assert tile_entries_within(least, *matrix) == 4096
-    roomy = selection_memory(*matrix, tile_entries=2**24)
-    assert tile_entries_within(roomy, *matrix) == 2**24
-    between = tile_entries_within((least + roomy) // 2, *matrix)
+    matrix = MatrixSize(2048, 4096, itemsize=2)
+    settings = SelectionSettings(400_000, 2048, "gram")  # the rank is the whole: nothing is factored
+
+    def taken(tile_entries: int) -> int:
+        return selection_memory(matrix, replace(settings, tile_entries=tile_entries))
+
+    def tile_within(bound: int) -> int | None:
+        found = within(bound, matrix, settings)
+        return None if found is None else found.tile_entries
+
+    least, roomy = taken(4096), taken(2**24)
+    assert tile_within(least - 1) is None
+    assert tile_within(least) == 4096
+    assert tile_within(roomy) == 2**24
+    between = tile_within((least + roomy) // 2)
     assert between is not None
     assert 4096 < between < 2**24
 
@@ -108,17 +119,18 @@ def test_a_bound_that_cannot_be_kept_is_refused_with_what_is_needed() -> None:
 
 def test_a_copy_of_the_weight_counts_where_it_is_collected() -> None:
     config = lift_ds.LiftConfig(density=0.1, lra_rank=8, refresh_memory_gib=0.009)
-    shapes = {"a": (512, 1024)}
-    plan_refresh(shapes, 4, config, ranks=2, collected=False, device_type="cpu")
+    sizes = {"a": MatrixSize(512, 1024, itemsize=4)}
+    plan_refresh(sizes, config, ranks=2, collected=False, device_type="cpu")
     with pytest.raises(ValueError, match="refresh_memory_gib"):
-        plan_refresh(shapes, 4, config, ranks=2, collected=True, device_type="cpu")
+        plan_refresh(sizes, config, ranks=2, collected=True, device_type="cpu")
 
 
 def test_no_rank_selects_more_than_its_share_and_one_matrix() -> None:
     shapes = {f"layer{i}.{name}": shape for i in range(5) for name, shape in {"q": (64, 64), "up": (170, 64)}.items()}
     config = lift_ds.LiftConfig(density=0.1, lra_rank=8)
     for ranks in (1, 2, 3, 4, 16):
-        plan = plan_refresh(shapes, 2, config, ranks, collected=True, device_type="cpu")
+        sizes = {name: MatrixSize.of(shape, 2) for name, shape in shapes.items()}
+        plan = plan_refresh(sizes, config, ranks, collected=True, device_type="cpu")
         (jobs,) = plan.parts.values()
         assert sorted(name for names in jobs for name in names) == sorted(shapes)
         entries = [sum(shapes[name][0] * shapes[name][1] for name in names) for names in jobs]

@@ -14,7 +14,8 @@ from helpers import numpy_low_rank, sorted_selection
 from torch import Tensor
 
 from lift_ds import principal_indices
-from lift_ds.selection import PrincipalState, carry_over, low_rank_factors, top_k_positions
+from lift_ds.refresh.carry import PrincipalState, carry_over
+from lift_ds.selection import low_rank_factors, top_k_positions
 
 SHAPES = {"tall": (192, 64), "wide": (64, 192), "square": (128, 128)}
 

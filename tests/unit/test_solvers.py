@@ -16,7 +16,7 @@ import torch
 from spectra import SPECTRA, matrix, perturbed
 from torch import Tensor
 
-from lift_ds.selection import Selected, principal_indices, select_principal
+from lift_ds.selection import Selected, SelectionSettings, principal_indices, select_principal
 
 ROWS, COLUMNS, RANK = 256, 320, 24
 SMALLEST_OVERLAP, DISHONESTY = 0.995, 0.005
@@ -42,7 +42,8 @@ def exact_of(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def select(weight: Tensor, solver: str = "chebyshev", **settings: object) -> Selected:
-    return select_principal(weight, k=K, lra_rank=RANK, solver=solver, **settings)  # type: ignore[arg-type]
+    start = settings.pop("start", None)
+    return select_principal(weight, SelectionSettings(K, RANK, solver, **settings), start)  # type: ignore[arg-type]
 
 
 def overlap(one: Tensor, other: Tensor) -> float:
@@ -245,7 +246,7 @@ def test_the_unit_of_a_matrix_does_not_matter(solver: str, scale: float) -> None
 @pytest.mark.parametrize("rank", [1, 2, 160, ROWS - 9, ROWS - 8, ROWS - 1])
 def test_ranks_from_one_to_the_whole(rank: int) -> None:
     weight = weight_of("power 0.4")
-    found = select_principal(weight, k=K, lra_rank=rank, solver="chebyshev")
+    found = select_principal(weight, SelectionSettings(K, rank, "chebyshev"))
     assert_near(found, principal_indices(weight.double(), k=K, lra_rank=rank, solver="svd"))
 
 
@@ -263,7 +264,8 @@ def test_few_vectors_of_a_trained_matrix_are_followed(seed: int) -> None:
     rows, columns, rank = 192, 320, 16
     weight = matrix("trained-like", rows, columns, rank, dtype=torch.bfloat16, seed=seed)
     k = rows * columns // 20
-    before = select_principal(weight, k=k, lra_rank=rank, solver="chebyshev")
+    settings = SelectionSettings(k, rank, "chebyshev")
+    before = select_principal(weight, settings)
     weight = perturbed(weight, before.index, 0.1, seed=seed + 50)
-    found = select_principal(weight, k=k, lra_rank=rank, solver="chebyshev", start=before.subspace)
+    found = select_principal(weight, settings, before.subspace)
     assert_near(found, principal_indices(weight.double(), k=k, lra_rank=rank, solver="svd"))

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lift_ds
-from lift_ds.attachment import require_attachment
 from lift_ds.checkpoint import commit, subspaces
-from lift_ds.refresh_plan import plan_refresh
-from lift_ds.selection import select_principal
+from lift_ds.model.attachment import require_attachment
+from lift_ds.refresh.schedule import plan_refresh
+from lift_ds.selection import MatrixSize, SelectionSettings, select_principal
 
 CONFIG = lift_ds.LiftConfig(budget_rank=3, lra_rank=4, refresh_interval=2, solver="chebyshev")
 #: "whole" has a side of 8, where W' of rank 4 is factored too.
@@ -87,13 +87,14 @@ def test_parts_are_reported_together_in_one_line(lift_log: list[str]) -> None:
 
 def test_a_selection_from_an_earlier_subspace_takes_fewer_products() -> None:
     weight = torch.randn(192, 320, generator=torch.Generator().manual_seed(1))
-    cold = select_principal(weight, k=3000, lra_rank=16, solver="chebyshev")
-    warm = select_principal(weight, k=3000, lra_rank=16, solver="chebyshev", start=cold.subspace)
+    settings = SelectionSettings(3000, 16, "chebyshev")
+    cold = select_principal(weight, settings)
+    warm = select_principal(weight, settings, cold.subspace)
     assert warm.products < cold.products / 2
     assert torch.isin(warm.index, cold.index).float().mean() > 0.99
     # A subspace of another matrix's shape is none of this one's.
     assert cold.subspace is not None
-    other = select_principal(weight, k=3000, lra_rank=16, solver="chebyshev", start=cold.subspace[:-1])
+    other = select_principal(weight, settings, cold.subspace[:-1])
     assert (other.products, other.rounds) == (cold.products, cold.rounds)
     assert torch.equal(other.index, cold.index)
 
@@ -129,7 +130,8 @@ def test_saving_again_on_fewer_ranks_leaves_none_of_the_others(tmp_path: Path) -
 def test_when_a_matrix_is_refreshed_does_not_depend_on_the_ranks() -> None:
     config = lift_ds.LiftConfig(density=0.1, lra_rank=4, refresh_interval=10, refresh_parts=3)
     for ranks in (1, 2, 3, 5):
-        plan = plan_refresh(Matrices.SHAPES, 4, config, ranks, collected=False, device_type="cpu")
+        sizes = {name: MatrixSize.of(shape, 4) for name, shape in Matrices.SHAPES.items()}
+        plan = plan_refresh(sizes, config, ranks, collected=False, device_type="cpu")
         times = {offset: sorted(name for jobs in part for name in jobs) for offset, part in plan.parts.items()}
         assert times == {0: ["tall"], 3: ["wide"], 6: ["square", "whole"]}
         assert sorted(name for rank in range(ranks) for name in plan.jobs_of(rank)) == sorted(Matrices.SHAPES)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import lift_ds
-from lift_ds.store import put_values
+from lift_ds.refresh.store import put_values
 
 CONFIG = lift_ds.LiftConfig(budget_rank=2, lra_rank=2)
 

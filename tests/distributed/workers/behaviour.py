@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 import lift_ds
-from lift_ds.attachment import require_attachment
-from lift_ds.refresh import Driver
+from lift_ds.model.attachment import require_attachment
+from lift_ds.refresh.driver import Driver
 from lift_ds.zero.partitioned import gathered
 from lift_ds.zero.plain_weights import plain_state_dict
 

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lift_ds
 from lift_ds.checkpoint import subspaces
-from lift_ds.logs import get_logger
+from lift_ds.runtime.logs import get_logger
 
 SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=2, solver="svd", lr=1e-3)
 

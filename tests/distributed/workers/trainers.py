@@ -43,8 +43,8 @@ from trl import (
 )
 
 import lift_ds
+from lift_ds.model.targets import find_targets
 from lift_ds.reference import ReferenceLift
-from lift_ds.targets import find_targets
 
 STEPS = 10
 #: With Adam's usual eps of 1e-8 the rounding of vanishing gradients becomes whole updates.

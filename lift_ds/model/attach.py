@@ -1,0 +1,235 @@
+"""attach and detach: a plain model becomes a LIFT model and back, in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lift_ds.config import USUAL_DENSITY, LiftConfig
+from lift_ds.model.attachment import Attachment, attachment_of, erase, record, require_attachment
+from lift_ds.model.layers import PRINCIPAL, PrincipalLayer, managed_class, unmanage
+from lift_ds.model.parameters import PrincipalSet
+from lift_ds.model.partition import is_partitioned, logical_shape, partition_of
+from lift_ds.model.targets import Targets, find_targets, unmanaged_summary
+from lift_ds.model.wrappers import refuse_before_attach
+from lift_ds.runtime.logs import get_logger
+from lift_ds.selection import MatrixSize, Selected, SelectionSettings
+from lift_ds.selection.blocks import divides
+from lift_ds.selection.memory import bounded
+from lift_ds.selection.select import fallback_note, select_in
+from lift_ds.selection.settings import settings_for
+
+logger = get_logger()
+
+#: Flat positions are stored as int32.
+_MAX_ENTRIES = 2**31 - 1
+
+#: Share of the managed entries above which a log line says how to train fewer.
+_LARGE_SHARE = 0.2
+
+
+def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
+    """Make a model train its principal weights and nothing else, in place.
+
+    Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal.values` θ [k]
+    (trainable, float32 until DeepSpeed casts it) and `principal.index` I [k] (frozen), selected from the weights as
+    they are now.
+
+    Works under `deepspeed.zero.Init` too: then every rank gathers one weight at a time (one all-gather a
+    matrix), selects, and θ and I are partitioned like the weight (one broadcast each).
+
+    Args:
+        model: any `nn.Module` with linear layers; a causal language model of transformers as a rule.
+        config: the settings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when LIFT is attached already, nothing matches the target modules, or a weight has NaN or
+            infinite entries (the message names it). The model is unchanged then.
+    """
+    return _attach(model, config, _select_in)
+
+
+def dry_attach(model: nn.Module, config: LiftConfig) -> nn.Module:
+    """Attach to a model on the meta device: every layer, shape and size as `attach` makes them, and no selection.
+
+    For planning, and for checking a model's layout without its weights; nothing can be trained afterwards.
+
+    Args:
+        model: every parameter on the meta device.
+        config: the settings.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as `attach`, and when a weight is not on the meta device.
+    """
+    return _attach(model, config, _reserve_in)
+
+
+def _attach(
+    model: nn.Module, config: LiftConfig, select_in: Callable[[str, Any, LiftConfig], tuple[Tensor, Selected]]
+) -> nn.Module:
+    if attachment_of(model) is not None:
+        raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
+    refuse_before_attach(model)
+    targets = find_targets(model, config)
+    for name, module in targets.layers.items():
+        _check_weight(name, module.weight, config, dry=select_in is _reserve_in)
+    left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
+
+    selected = {name: select_in(name, module, config) for name, module in targets.layers.items()}
+    subspaces = {name: found.subspace for name, (_, found) in selected.items() if found.subspace is not None}
+    fell_back = sum(found.fell_back for _, found in selected.values())
+    required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in targets.dense)
+    everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
+    layers = {name: _manage(module, *selected.pop(name), config) for name, module in targets.layers.items()}
+    attachment = Attachment(config, layers, required_grad, subspaces=subspaces)
+    record(model, attachment)
+    _log_attachment(attachment, everything, len(targets.dense), fell_back)
+    _log_targets(targets, left_out)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Make a LIFT model a plain model again, in place: original classes, parameters and `requires_grad`.
+
+    The weights hold the trained values already. Under ZeRO-3 they stay partitioned; no collective runs.
+
+    Args:
+        model: a model that `attach` returned.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when LIFT is not attached.
+    """
+    attachment = require_attachment(model)
+    erase(model)
+    for layer in attachment.layers.values():
+        unmanage(layer)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in attachment.required_grad)
+    return model
+
+
+def _check_weight(name: str, weight: Any, config: LiftConfig, *, dry: bool) -> None:
+    rows, columns = logical_shape(weight)
+    if not divides(config.block_shape, (rows, columns)):
+        raise ValueError(
+            f"block_shape={config.block_shape}: {name}.weight [{rows}, {columns}] does not consist of whole blocks; "
+            "name other target_modules, or leave block_shape out to select single entries"
+        )
+    entries = rows * columns
+    if entries > _MAX_ENTRIES:
+        raise ValueError(f"{name}.weight has {entries:,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
+    if weight.is_meta and not dry:
+        raise ValueError(f"{name}.weight is on the meta device; load the weights before lift_ds.attach")
+    if dry and not weight.is_meta:
+        raise ValueError(f"{name}.weight is on {weight.device}; lift_ds.attach selects in weights that are there")
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{name}.weight is not contiguous; LIFT writes into it by flat position, so store it contiguously"
+        )
+
+
+@torch.no_grad()
+def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
+    """Return θ [k] of a layer, whole on every rank, and the selection."""
+    with partition_of(module.weight).gathered([module.weight]):
+        weight = module.weight.detach()
+        device = _selection_device(weight)
+        settings = _settings(name, MatrixSize.of(weight.shape, weight.element_size()), config, device.type)
+        found = select_in(name, weight.to(device), settings)
+        found = replace(found, index=found.index.to(weight.device))
+        # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
+        dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
+        return weight.reshape(-1)[found.index].to(dtype), found
+
+
+def _reserve_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
+    """Return what `_select_in` would, by its sizes alone."""
+    matrix = MatrixSize.of(module.weight.shape, module.weight.element_size())
+    settings = _settings(name, matrix, config, "cuda")
+    index = torch.empty(settings.k, dtype=torch.int64, device="meta")
+    return module.weight.new_empty(index.numel()), Selected(index, settings.solver)
+
+
+def _settings(name: str, matrix: MatrixSize, config: LiftConfig, device_type: str) -> SelectionSettings:
+    """Return how to select in one matrix alone."""
+    return bounded(name, matrix, settings_for(matrix, config, device_type), config.refresh_memory_gib)
+
+
+def _selection_device(weight: Tensor) -> torch.device:
+    """Return where to factor a weight: its own device, or this rank's accelerator while the model is on the host."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or weight.device.type != "cpu":
+        return weight.device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(accelerator.type, local_rank if local_rank < torch.accelerator.device_count() else 0)
+
+
+def _manage(module: Any, values: Tensor, found: Selected, config: LiftConfig) -> PrincipalLayer:
+    module.__class__ = managed_class(type(module))
+    assert isinstance(module, PrincipalLayer)
+    rows, columns = logical_shape(module.weight)
+    principal = PrincipalSet(values, found.index.int(), rows, columns, config.block_shape)
+    module.add_module(PRINCIPAL, principal)
+    partition_of(module.weight).partition_like(module.weight, [principal.values, principal.index.words])
+    return module
+
+
+def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_back: int) -> None:
+    config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
+    total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
+    budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
+    logger.info(
+        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps; "
+        "%.2f%% of all %s parameters%s%s",
+        len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, config.lra_rank,
+        config.refresh_interval, 100 * entries / everything, f"{everything:,}",
+        f"; {dense} more parameters trained densely" if dense else "", fallback_note(fell_back),
+    )  # fmt: skip
+    if config.budget_rank is not None and entries > _LARGE_SHARE * total:
+        logger.warning(
+            "budget_rank %d trains %.1f%% of these matrices, since they are small; the paper trains about 5%%, "
+            "which is density %g (or budget_rank %d)",
+            config.budget_rank, 100 * entries / total, USUAL_DENSITY,
+            max(1, round(USUAL_DENSITY * total / sum(sum(shape) for shape in shapes))),
+        )  # fmt: skip
+    whole = sum(config.lra_rank >= min(shape) for shape in shapes)
+    if whole:
+        logger.info("lra_rank %d is not below the smaller side of %d of them: there W' = W", config.lra_rank, whole)
+
+
+def _log_targets(targets: Targets, left_out: list[str]) -> None:
+    """Say what is managed, trained densely or left alone for another reason than that it is a linear layer."""
+    if targets.new_heads:
+        logger.info("the new head %s is trained densely", ", ".join(targets.new_heads))
+    if targets.left_frozen:
+        logger.warning(
+            "%s had been frozen (requires_grad is False) and stay so; name them in target_modules to train them",
+            _counted(targets.left_frozen),
+        )
+    if targets.thawed:
+        logger.warning(
+            "%s had been frozen (requires_grad is False) and are managed, since target_modules names them",
+            _counted(targets.thawed),
+        )
+    if left_out:
+        logger.warning("not managed by LIFT, left frozen: %s", "; ".join(left_out))
+
+
+def _counted(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layers ({layers[0]}{', ...' if len(layers) > 1 else ''})"

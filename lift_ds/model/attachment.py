@@ -1,0 +1,200 @@
+"""Attachment: what `attach` did to a model, and the watch that LIFT is really active."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lift_ds.config import LiftConfig
+from lift_ds.index.encoding import CompactIndex
+from lift_ds.model.compiled import handle_for
+from lift_ds.model.layers import PRINCIPAL_KEYS, PrincipalLayer
+from lift_ds.model.wrappers import refuse_after_attach
+
+_ATTRIBUTE = "_lift_attachment"
+
+
+@dataclass
+class Attachment:
+    """The managed layers of one model, what is needed to undo the attachment, and whether it is active.
+
+    Args:
+        config: the settings it was attached with.
+        layers: dotted name -> managed layer, in the order of the model's modules.
+        required_grad: names of the parameters that required grad before.
+        driver: what applies the principal values after a step (of LiftAdamW, or of the facade over ZeRO).
+        optimizer: the LiftAdamW built from the model, if one was.
+        reached: layers whose principal values a gradient has reached since the last applied step.
+        ever_reached: and since the beginning of this process, up to that step.
+        partitioned: whether θ is away from its layer between steps (ZeRO-3).
+        backwards: how often a gradient reached a layer before the first applied step.
+        step_seen: whether a step has been applied.
+        subspaces: dotted name -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank has
+            those of the matrices it selects in.
+        hooks: on the model, for as long as LIFT is attached.
+    """
+
+    config: LiftConfig
+    layers: dict[str, PrincipalLayer]
+    required_grad: frozenset[str]
+    driver: Any = None
+    optimizer: Any = None
+    reached: set[nn.Module] = field(default_factory=set)
+    ever_reached: set[nn.Module] = field(default_factory=set)
+    partitioned: bool = False
+    backwards: int = 0
+    step_seen: bool = False
+    subspaces: dict[str, Tensor] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
+        """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
+
+        Args:
+            layer: the layer.
+            index: its principal index, whole.
+
+        Raises:
+            RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
+        """
+        whole = layer.principal.is_whole()
+        # Where θ is partitioned, a LiftAdamW built for the model cannot drive it by itself.
+        if self.driver is None or not (whole or self.driver.store.sharded):
+            raise RuntimeError(
+                "LIFT is attached but not active: nothing applies the principal values after a step. Build the "
+                "optimizer with lift_ds.LiftAdamW(model), the engine with lift_ds.initialize(...), or add "
+                "lift_ds.LiftCallback() to the Trainer; lift_ds.detach(model) makes it a plain model again"
+            )
+        self.reached.add(layer)
+        if not self.step_seen:
+            self.backwards += 1
+            # Comparing decodes the index and synchronises a device: at every power of two, and no more once a step has
+            # been applied.
+            due = whole and self.backwards & (self.backwards - 1) == 0
+            if due and not layer.holds_its_values(index.positions()):
+                raise RuntimeError(
+                    "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
+                    "them into the weights. Let the LiftAdamW that was built take the steps, or add "
+                    "lift_ds.LiftCallback() to the Trainer; and attach after loading weights, not before"
+                )
+
+    def confirm_gradients(self) -> None:
+        """Check at an applied step that gradients reached LIFT since the last one.
+
+        Raises:
+            RuntimeError: when no layer saw a gradient, so that the step trained nothing.
+        """
+        if not self.reached:
+            raise RuntimeError(
+                "LIFT is attached but not active: no gradient reached a principal value since the last step. With "
+                "reentrant activation checkpointing call model.enable_input_require_grads(), since the embeddings "
+                "are frozen; also check that the managed layers take part in the loss"
+            )
+        self.ever_reached |= self.reached
+        self.reached = set()
+        self.step_seen = True
+
+    def require_trainable(self, model: nn.Module) -> None:
+        """Check that LIFT's parameters are as `attach` left them.
+
+        Args:
+            model: the model LIFT is attached to, or a wrapper of it.
+
+        Raises:
+            ValueError: when another library has changed the model, or what is frozen and what is trained.
+        """
+        refuse_after_attach(model)
+        present = set(model.modules())
+        gone = [name for name, layer in self.layers.items() if layer not in present]
+        if gone:
+            raise ValueError(
+                f"{gone[0]}, which LIFT manages, is no part of the {type(model).__name__} any more ({len(gone)} such "
+                "layers): something has replaced layers since lift_ds.attach; let it do so before"
+            )
+        frozen = [name for name, layer in self.layers.items() if not layer.principal_values.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"the principal values of {frozen[0]} do not require gradients any more ({len(frozen)} such layers); "
+                "freeze layers before lift_ds.attach, which then leaves them alone, or name them in exclude_modules"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """A copy of the model is not trained until an optimizer is built for it."""
+        copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces))
+        memo[id(self)] = copied
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied
+
+    def entries(self) -> int:
+        """Return how many entries are trained in all managed matrices together."""
+        return sum(layer.entries() for layer in self.layers.values())
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return the attachment of a model, also through wrappers that hold it as a submodule; None without one."""
+    for module in model.modules():
+        attachment = module.__dict__.get(_ATTRIBUTE)
+        if attachment is not None:
+            return attachment
+    return None
+
+
+def require_attachment(model: nn.Module) -> Attachment:
+    """Return the attachment of a model.
+
+    Raises:
+        ValueError: when LIFT is not attached to it.
+    """
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(
+            f"LIFT is not attached to this {type(model).__name__}; call lift_ds.attach(model, config) first"
+        )
+    return attachment
+
+
+def leave_out_of_saved_models(model: nn.Module) -> None:
+    """Let `save_pretrained` write the plain model: the weights hold the trained values, θ and I stay in checkpoints.
+
+    Without DeepSpeed the Trainer resumes from the saved model, which then has to have them.
+
+    Args:
+        model: the model LIFT is attached to, or a wrapper of it.
+    """
+    for module in model.modules():
+        if _ATTRIBUTE in module.__dict__ and hasattr(module, "_keys_to_ignore_on_save"):
+            holder: Any = module
+            holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save or ()) | _principal_keys(holder)
+
+
+def _principal_keys(module: nn.Module) -> set[str]:
+    layers = module.__dict__[_ATTRIBUTE].layers
+    return {f"{name}.{key}" for name in layers for key in PRINCIPAL_KEYS}
+
+
+def record(model: nn.Module, attachment: Attachment) -> None:
+    """Store an attachment with its model; its layers refer to it too."""
+    model.__dict__[_ATTRIBUTE] = attachment
+    for layer in attachment.layers.values():
+        layer.__dict__["lift_attachment"] = attachment
+        layer.__dict__["lift_handle"] = handle_for(layer)
+
+
+def erase(model: nn.Module) -> None:
+    """Forget the attachment of a model."""
+    for module in model.modules():
+        attachment = module.__dict__.get(_ATTRIBUTE)
+        if attachment is not None:
+            for handle in attachment.hooks:
+                handle.remove()
+            holder: Any = module
+            if getattr(holder, "_keys_to_ignore_on_save", None):
+                holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save) - _principal_keys(holder)
+            del module.__dict__[_ATTRIBUTE]
+            for layer in attachment.layers.values():
+                del layer.__dict__["lift_attachment"], layer.__dict__["lift_handle"]
+            return

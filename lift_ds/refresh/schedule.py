@@ -1,0 +1,104 @@
+"""RefreshPlan: who selects in which matrix, when, and by which settings; from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lift_ds.config import LiftConfig
+from lift_ds.index.encoding import word_count
+from lift_ds.runtime.ranks import deal_out
+from lift_ds.selection import MatrixSize, SelectionSettings, selection_cost
+from lift_ds.selection.memory import bounded
+from lift_ds.selection.settings import settings_for
+
+#: For each rank the names of the matrices it selects in, longest first.
+Jobs = list[list[str]]
+
+
+@dataclass(frozen=True)
+class RefreshPlan:
+    """The work of a refresh, dealt out.
+
+    Args:
+        interval: steps between two selections in one matrix.
+        parts: offset in steps within the interval -> who selects in which matrix then.
+        settings: name -> how to select there.
+    """
+
+    interval: int
+    parts: dict[int, Jobs]
+    settings: dict[str, SelectionSettings]
+
+    def due(self, step: int) -> Jobs | None:
+        """Return what is to be refreshed after an applied step; None after most of them.
+
+        Every matrix keeps its first selection for a whole interval, at least.
+        """
+        return self.parts.get(step % self.interval) if step >= self.interval else None
+
+    def completes(self, step: int) -> bool:
+        """Tell whether what is refreshed after a step is the last part of a refresh."""
+        return step % self.interval == max(self.parts)
+
+    def jobs_of(self, rank: int) -> list[str]:
+        """Return the names of the matrices that a rank selects in."""
+        return [name for jobs in self.parts.values() for name in jobs[rank]]
+
+
+def plan_refresh(
+    sizes: Mapping[str, MatrixSize],
+    config: LiftConfig,
+    ranks: int,
+    *,
+    collected: bool,
+    device_type: str,
+) -> RefreshPlan:
+    """Deal the matrices out, over time and ranks, and choose the settings for each.
+
+    When a matrix is refreshed does not depend on the ranks, only who selects in it does.
+
+    Args:
+        sizes: name -> size of the matrix.
+        config: gives budget, rank, solver, schedule and the bound on memory.
+        ranks: N.
+        collected: whether an owner receives a copy of the weight (ZeRO-3) or has it.
+        device_type: where selections are computed.
+
+    Returns:
+        The same plan for the same arguments.
+
+    Raises:
+        ValueError: when a matrix cannot be refreshed within the bound; says which, and what it needs.
+    """
+    settings = {name: settings_for(size, config, device_type) for name, size in sizes.items()}
+    costs = {
+        name: selection_cost(size.rows, size.columns, config.lra_rank, settings[name].solver)
+        for name, size in sizes.items()
+    }
+    count = min(config.refresh_parts, len(sizes))
+    names = list(sizes)
+    parts = {}
+    for part in range(count):
+        own = names[len(names) * part // count : len(names) * (part + 1) // count]
+        first = len(names) * part // count % ranks  # the first job of each part would else be rank 0's
+        parts[config.refresh_interval * part // count] = _deal(own, costs, ranks, first)
+    # New indices, and where weights are collected the values there, wait on their owner until all have selected.
+    held = max(
+        sum(_held(sizes[name], settings[name], collected) for name in own) for jobs in parts.values() for own in jobs
+    )
+    for name, size in sizes.items():
+        reserved = held + (size.bytes if collected else 0)
+        settings[name] = bounded(name, size, settings[name], config.refresh_memory_gib, reserved=reserved, held=held)
+    return RefreshPlan(config.refresh_interval, parts, settings)
+
+
+def _deal(names: Sequence[str], costs: Mapping[str, int], ranks: int, first: int) -> Jobs:
+    """Deal some matrices out over the ranks, beginning with rank `first`."""
+    dealt = [[names[job] for job in jobs] for jobs in deal_out([costs[name] for name in names], ranks)]
+    return [dealt[(rank - first) % ranks] for rank in range(ranks)]
+
+
+def _held(size: MatrixSize, settings: SelectionSettings, collected: bool) -> int:
+    words = word_count(size.rows, size.columns, settings.k, settings.block_shape)
+    return 4 * words + (settings.k * size.itemsize if collected else 0)

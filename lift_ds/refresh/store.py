@@ -1,0 +1,191 @@
+"""PrincipalStore: where the weights, indices, master values and moments of a run live; and the one that has all of it.
+
+DeepSpeed's ways of spreading them are in `lift_ds.zero.stores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lift_ds.index.encoding import CompactIndex
+from lift_ds.index.entries import entries_of
+from lift_ds.model.layers import PrincipalLayer
+from lift_ds.refresh.carry import PrincipalState
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A new selection in one matrix.
+
+    Args:
+        words: the index, encoded.
+        current: the current weights there [k]; None where every rank has the matrix.
+    """
+
+    words: Tensor
+    current: Tensor | None
+
+
+class PrincipalStore(Protocol):
+    """Where the weights, indices, master values and moments of a run live, on N ranks."""
+
+    rank: int
+    ranks: int
+    #: Whether θ is away from its layer between steps (ZeRO-3).
+    sharded: bool
+    #: Whether θ is what the optimizer updates, and not rounded from a master value apart.
+    values_are_master: bool
+
+    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
+        """Return the whole weight [m, n] on the owner, None on the other ranks; all of them call."""
+
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
+        """Return what the owner is to hand out: the new index [k] of its whole weight."""
+
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+        """Return the owner's selection on every rank; None is given on the others."""
+
+    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+        """Return the current weights [k] at a selection that was handed out; `index` is its index, decoded."""
+
+    def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of all ranks.
+
+        Raises:
+            ValueError: on every rank, if any of them gives a failure; with the first one's text.
+        """
+
+    def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """Return for each flag whether it is set on any rank; all of them call."""
+
+    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
+        """Make the index of a layer whole on every rank within the context."""
+
+    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
+        """Return master and moments in the order of the index, whole on every rank."""
+
+    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
+        """Store a new index (encoded) and its state; θ takes the master values."""
+
+    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
+        """W.flat[I] = θ, wherever W lives."""
+
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        """Compare the weights at I with the master values, in the dtype of the weights; nothing is changed.
+
+        Args:
+            layers: to compare in.
+            write_first: write back before, in the same pass.
+
+        Returns:
+            int64 [len(layers), 2], the same on every rank: how many entries differ, how many master values were found.
+        """
+
+    def release(self) -> None:
+        """Let go of what was kept whole from a backward to its step."""
+
+
+class DenseStore:
+    """Everything whole in this process: plain PyTorch, or DeepSpeed's stage 0 in float32.
+
+    Args:
+        optimizer: the Adam that holds θ in its parameter groups; θ is its own master.
+    """
+
+    rank, ranks, sharded = 0, 1, False
+    values_are_master = True
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
+        return layer.weight.detach()
+
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
+        return Selection(layer.principal.index.encode(index), None)
+
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+        assert selection is not None, "one process owns every matrix"
+        return selection
+
+    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+        return layer.weight.detach().view(-1)[index.long()]
+
+    def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
+        if failure:
+            raise ValueError(failure)
+        return [list(numbers)]
+
+    def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
+
+    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def master(self, layer: PrincipalLayer) -> Tensor:
+        """Return the tensor that the optimizer updates for this layer."""
+        return layer.principal_values
+
+    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
+        master = self.master(layer)
+        moments = self._optimizer.state.get(master, {})
+        # Adam has no state yet for a layer that no gradient has reached.
+        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in ("exp_avg", "exp_avg_sq"))
+        return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
+
+    @torch.no_grad()
+    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
+        master = self.master(layer)
+        master.copy_(state.master)
+        moments = self._optimizer.state.get(master, {})
+        if moments:
+            moments["exp_avg"].copy_(state.exp_avg)
+            moments["exp_avg_sq"].copy_(state.exp_avg_sq)
+        layer.principal_values.copy_(state.master)
+        layer.principal.index.words.copy_(words)
+
+    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
+        for layer in layers:
+            put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
+
+    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+        if write_first:
+            self.write_back(layers)
+        counts = []
+        for layer in layers:
+            held = weights_at(layer.weight, layer.principal.index.compact())
+            counts.append((differences(held, self.master(layer)), layer.entries()))
+        return torch.tensor(counts)
+
+    def release(self) -> None:
+        pass
+
+
+def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:
+    """W.flat[I] = θ, in place; a contiguous weight [m, n], its whole index, values [k] of any floating dtype."""
+    entries_of(index).put(weight.detach().view(-1), 0, values.detach())
+
+
+@torch.no_grad()
+def weights_at(weight: Tensor, index: CompactIndex) -> Tensor:
+    """Return W.flat[I] [k], in the dtype of a contiguous weight [m, n]; its index is whole."""
+    values = weight.new_empty(index.layout.entries)
+    entries_of(index).gather(weight.detach().view(-1), 0, values)
+    return values
+
+
+def differences(weights: Tensor, master: Tensor) -> Tensor:
+    """Count the weights that are not their master values, rounded to the dtype of the weights; NaN equals NaN.
+
+    Args:
+        weights: any floating dtype.
+        master: of the same shape, on any device.
+    """
+    rounded = master.detach().to(weights.device, weights.dtype)
+    return ((weights != rounded) & ~(weights.isnan() & rounded.isnan())).count_nonzero()

@@ -1,0 +1,100 @@
+"""Small exchanges between all ranks of a run, their agreement on what went wrong, and who does which part of a job.
+
+One process is a run of one rank.
+
+Objects travel pickled, so this is for a few kilobytes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context this process acts for itself, whatever run it is a rank of."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Return the number of this rank and how many there are."""
+    if dist.is_available() and dist.is_initialized() and not _alone.get():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def from_all(value: Value) -> list[Value]:
+    """Return what every rank gives, in the order of the ranks; one all-gather, which also waits for all of them."""
+    _, count = rank_and_count()
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(action: Callable[[], Value]) -> list[Value]:
+    """Run a local action on every rank; if it fails on one, all of them stop with its message.
+
+    Args:
+        action: runs no collective; may raise ValueError or OSError.
+
+    Returns:
+        What it gave on each rank, in the order of the ranks; one all-gather.
+
+    Raises:
+        ValueError: on every rank, with the message of the lowest rank that failed.
+    """
+    try:
+        mine: tuple[str | None, Any] = (None, action())
+    except (ValueError, OSError) as error:
+        mine = (str(error) or type(error).__name__, None)
+    everyone = from_all(mine)
+    for failure, _ in everyone:
+        if failure is not None:
+            raise ValueError(failure)
+    return [value for _, value in everyone]
+
+
+def by_main(action: Callable[[], Value]) -> Value:
+    """Run an action on rank 0 alone and return its result on every rank.
+
+    Raises:
+        ValueError: on every rank, when it raises ValueError or OSError there.
+    """
+    rank, _ = rank_and_count()
+    return together(lambda: action() if rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
+    """Assign jobs to ranks, longest first, each to the rank with the least to do so far.
+
+    The result depends on the arguments alone, so every rank finds the same.
+
+    Args:
+        costs: of the jobs.
+        ranks: how many.
+
+    Returns:
+        For each rank the numbers of its jobs, longest first. No rank has more than its share plus one job.
+    """
+    loads = [0] * ranks
+    jobs: list[list[int]] = [[] for _ in range(ranks)]
+    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
+        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[rank] += costs[job]
+        jobs[rank].append(job)
+    return jobs

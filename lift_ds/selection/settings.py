@@ -1,0 +1,86 @@
+"""What a selection goes by: the settings for one matrix, and the size of the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lift_ds.config import SELECTION_TOLERANCE, LiftConfig
+from lift_ds.selection.blocks import BlockShape
+from lift_ds.selection.cost import choose_solver
+from lift_ds.selection.precision import TILE_ENTRIES
+
+
+@dataclass(frozen=True)
+class SelectionSettings:
+    """How the principal weights of one matrix are selected.
+
+    Args:
+        k: entries to select, whole blocks.
+        lra_rank: r; where r >= min(m, n) the matrix itself is ranked.
+        solver: "svd", "gram", "chebyshev" or "auto".
+        tolerance: share of k in which "chebyshev" may differ from the others.
+        seed: of the random vectors that "chebyshev" begins with.
+        block_shape: of the blocks that are selected by the sum of their magnitudes; (1, 1) for single entries.
+        tile_entries: entries of W' that are formed at a time.
+    """
+
+    k: int
+    lra_rank: int = 128
+    solver: str = "auto"
+    tolerance: float = SELECTION_TOLERANCE
+    seed: int = 0
+    block_shape: BlockShape = (1, 1)
+    tile_entries: int = TILE_ENTRIES
+
+
+@dataclass(frozen=True)
+class MatrixSize:
+    """The size of a weight matrix.
+
+    Args:
+        rows: m.
+        columns: n.
+        itemsize: bytes of an entry.
+    """
+
+    rows: int
+    columns: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, shape: Sequence[int], itemsize: int) -> MatrixSize:
+        """Return the size of a matrix of a shape (m, n)."""
+        rows, columns = shape
+        return cls(rows, columns, itemsize)
+
+    @property
+    def entries(self) -> int:
+        """m n."""
+        return self.rows * self.columns
+
+    @property
+    def bytes(self) -> int:
+        """What the matrix takes in memory."""
+        return self.entries * self.itemsize
+
+
+def settings_for(matrix: MatrixSize, config: LiftConfig, device_type: str) -> SelectionSettings:
+    """Return how to select in a matrix by the configuration.
+
+    Args:
+        matrix: its size.
+        config: LIFT's settings.
+        device_type: "cpu", "cuda", ...; where the selection is computed, which decides what "auto" means.
+    """
+    solver = config.solver
+    if solver == "auto":
+        solver = choose_solver(matrix.rows, matrix.columns, config.lra_rank, device_type)
+    return SelectionSettings(
+        k=config.entries(matrix.rows, matrix.columns),
+        lra_rank=config.lra_rank,
+        solver=solver,
+        tolerance=config.selection_tolerance,
+        seed=config.seed,
+        block_shape=config.block_shape,
+    )
