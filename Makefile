@@ -22,7 +22,7 @@ setup: $(STAMP)
 # torch comes first: DeepSpeed's build reads its version, and an open range would fetch gigabytes of CUDA packages.
 # Without CUDA, DeepSpeed's two host kernels are compiled here once, into the environment, instead of at first use by
 # every rank; with CUDA, DeepSpeed compiles what it needs at first use. pip's cache may hold a wheel without them.
-$(STAMP): pyproject.toml setup.py lift_ds/index/kernels/host_entries.c constraints.txt
+$(STAMP): pyproject.toml setup.py lift_ds/index/kernels/host_access.c constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"lift_ds needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; name another by PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja

@@ -16,7 +16,7 @@ setup(
     ext_modules=[
         Extension(
             "lift_ds.index.kernels._host",
-            ["lift_ds/index/kernels/host_entries.c"],
+            ["lift_ds/index/kernels/host_access.c"],
             extra_compile_args=["-O3", *OPENMP],
             extra_link_args=OPENMP,
             optional=True,  # without a C compiler, or its headers of Python, torch's operators are used

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
-from lift_ds.index.entries import entries_of
 from lift_ds.refresh.store import put_values
 
 Record = dict[str, Any]
@@ -101,7 +101,7 @@ class Matrices:
     def _take_principal(self) -> None:
         for values, gradient, index in zip(self.values["lift"], self.gradients, self.indices, strict=True):
             values.grad = torch.empty_like(values)  # the backward of a layer gathers in the dtype of θ, too
-            entries_of(index).gather(gradient.view(-1), 0, values.grad)
+            access_to(index).gather(gradient.view(-1), 0, values.grad)
 
     def _put_principal(self) -> None:
         for values, weight, index in zip(self.values["lift"], self.weights, self.indices, strict=True):

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lift_ds.model.attachment import Attachment, require_attachment
 from lift_ds.model.layers import VALUES
 from lift_ds.model.partition import logical_shape
+from lift_ds.refresh.carry import EXP_AVG
 from lift_ds.refresh.driver import Driver
 from lift_ds.refresh.store import DenseStore
 
@@ -104,10 +105,10 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for layer in attachment.layers.values():
             moments = optimizer.state.get(layer.principal_values)
-            if moments and moments["exp_avg"].dtype != layer.principal_values.dtype:
+            if moments and moments[EXP_AVG].dtype != layer.principal_values.dtype:
                 raise RuntimeError(
                     f"the model was cast to {layer.principal_values.dtype} after its first step, while the optimizer's "
-                    f"moments are {moments['exp_avg'].dtype}; cast it before lift_ds.attach"
+                    f"moments are {moments[EXP_AVG].dtype}; cast it before lift_ds.attach"
                 )
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

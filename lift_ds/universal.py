@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import manifest, subspaces
+from lift_ds.checkpoint import subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
+from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.ranks import alone
 from lift_ds.zero.universal_files import SavedRun, write_universal
 
@@ -62,7 +63,7 @@ def _convert(source: Path, target: Path) -> int:
         if inner:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_NEEDED, inner), dirs_exist_ok=True)
         named = (target, inner) if inner else (target.parent, target.name)
-        manifest.write_whole(named[0] / "latest_universal", named[1])
+        write_whole(named[0] / "latest_universal", named[1])
         # Still as old as what it was made of, so that a later checkpoint of the run is newer.
         files_apart = {key: value for key, value in description.items() if key not in ("format", "files")}
         checkpoint.commit_as({**files_apart, "universal": True}, target)

@@ -24,6 +24,7 @@ from lift_ds.checkpoint import manifest, subspaces
 from lift_ds.config import LiftConfig
 from lift_ds.model.attachment import require_attachment
 from lift_ds.model.partition import logical_shape
+from lift_ds.runtime.files import settle
 from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import by_main, deal_out, from_all, rank_and_count, together
 
@@ -280,7 +281,7 @@ def _hashed(directory: Folder, seen: list[dict[str, int]], *, keep: bool) -> dic
     def entry(name: str) -> dict[str, Any]:
         path = Path(directory) / name
         if keep:
-            manifest.settle(path)
+            settle(path)
         return {"bytes": path.stat().st_size, "sha256": manifest.checksum(path)}
 
     def mine() -> dict[str, dict[str, Any]]:

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lift_ds.config import read_json_object
+from lift_ds.runtime.files import UNFINISHED, write_whole
 
 #: Key of the checksum that a sealed JSON file carries of the rest of itself.
 _SEAL = "sha256"
-
-#: What a file that is about to replace another is called until it does.
-_UNFINISHED = ".tmp"
 
 
 def files_in(folder: str | os.PathLike[str], leave_out: str) -> dict[str, int]:
@@ -35,9 +33,7 @@ def files_in(folder: str | os.PathLike[str], leave_out: str) -> dict[str, int]:
     paths = sorted(path for path in top.rglob("*") if path.is_file())
     names = {path.relative_to(top).as_posix(): path for path in paths}
     return {
-        name: path.stat().st_size
-        for name, path in names.items()
-        if name != leave_out and not name.endswith(_UNFINISHED)
+        name: path.stat().st_size for name, path in names.items() if name != leave_out and not name.endswith(UNFINISHED)
     }
 
 
@@ -45,27 +41,6 @@ def checksum(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def settle(path: str | os.PathLike[str]) -> None:
-    """Have the operating system put a file on the disk before this returns, so that it survives a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file that is there whole or not at all, whenever the process ends."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    settle(path.parent)  # the new name lives in the folder
 
 
 def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:

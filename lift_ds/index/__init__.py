@@ -1,4 +1,4 @@
 """How a selection is stored, two bytes an entry, and how a matrix is read and written through it.
 
-Read `encoding` first, for the format, then `entries`, for what is done with it; `kernels` has the fast forms.
+Read `encoding` first, for the format, then `access`, for what is done with it; `kernels` has the fast forms.
 """

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lift_ds.index.access import access_to
 from lift_ds.index.dtensors import FSDP_AFTER_ATTACH
 from lift_ds.index.encoding import CompactIndex
-from lift_ds.index.entries import entries_of
 from lift_ds.model.compiled import TracedLinear, handle_for, input_gradient, product
 from lift_ds.model.parameters import PrincipalSet
 from lift_ds.model.partition import logical_shape
@@ -138,7 +138,7 @@ class PrincipalLayer(nn.Module):
         x = x.reshape(-1, x.shape[-1]).to(grad_output.dtype)  # [tokens, inputs]
         # dL/dW = dyᵀ x, and where it is stored transposed xᵀ dy.
         of_rows, of_columns = (x, grad_output) if self.transposed else (grad_output, x)
-        columns, entries = index.layout.columns, entries_of(index)
+        columns, entries = index.layout.columns, access_to(index)
         tiles = _row_tiles(index.layout.rows, columns, HOST_GRADIENT_TILE if x.device.type == "cpu" else GRADIENT_TILE)
         tile = x.new_empty(tiles[0].stop, columns)  # the first is the largest
         gradient = x.new_empty(index.layout.entries, dtype=dtype)

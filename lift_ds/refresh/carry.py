@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+#: Adam's two moments, as torch and DeepSpeed call them in the state of an optimizer.
+EXP_AVG, EXP_AVG_SQ = MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class PrincipalState(NamedTuple):
     """The training state of the principal values of one matrix, each float32 [k]."""

@@ -26,7 +26,7 @@ from lift_ds.model.targets import kinds_of
 from lift_ds.refresh.carry import carry_over
 from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
-from lift_ds.refresh.store import PrincipalStore, Selection
+from lift_ds.refresh.store import NewIndex, PrincipalStore
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger, is_main_rank
 from lift_ds.selection import MatrixSize, Selected
@@ -202,10 +202,10 @@ class Driver:
             self.refreshes.append(whole)
             self._unfinished = []
 
-    def _select(self, jobs: Jobs) -> tuple[dict[str, Selection], list[_Work]]:
+    def _select(self, jobs: Jobs) -> tuple[dict[str, NewIndex], list[_Work]]:
         """Select in the matrices this rank owns; return the selections by name, and the work of each rank."""
         start = time.perf_counter()
-        selections: dict[str, Selection] = {}
+        selections: dict[str, NewIndex] = {}
         failure, fell_back, estimate = "", 0, 0.0
         with _progress(sum(map(len, jobs))) as progress:
             for round_ in itertools.zip_longest(*jobs):
@@ -231,7 +231,7 @@ class Driver:
                     mine = name, weight
         return mine
 
-    def _select_one(self, name: str, weight: Tensor) -> tuple[Selection, Selected]:
+    def _select_one(self, name: str, weight: Tensor) -> tuple[NewIndex, Selected]:
         """Select in one matrix; return what to hand out, and how it was found."""
         subspaces = self.attachment.subspaces
         with watchdog.during(f"selecting in {name}"):
@@ -240,7 +240,7 @@ class Driver:
             subspaces[name] = found.subspace
         return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found
 
-    def _carry(self, layer: PrincipalLayer, selection: Selection) -> int:
+    def _carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
         """Carry the state of one layer over to its new index; return how many entries are new."""
         index = layer.principal.index.decode(selection.words)
         current = self.store.current(layer, selection, index)

@@ -13,15 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex
-from lift_ds.index.entries import entries_of
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import PrincipalState
+from lift_ds.refresh.carry import MOMENTS, PrincipalState
 
 
 @dataclass(frozen=True)
-class Selection:
-    """A new selection in one matrix.
+class NewIndex:
+    """The new index of one matrix, as its owner hands it out.
 
     Args:
         words: the index, encoded.
@@ -45,13 +45,13 @@ class PrincipalStore(Protocol):
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         """Return the whole weight [m, n] on the owner, None on the other ranks; all of them call."""
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
         """Return what the owner is to hand out: the new index [k] of its whole weight."""
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
         """Return the owner's selection on every rank; None is given on the others."""
 
-    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
         """Return the current weights [k] at a selection that was handed out; `index` is its index, decoded."""
 
     def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
@@ -107,14 +107,14 @@ class DenseStore:
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return layer.weight.detach()
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
-        return Selection(layer.principal.index.encode(index), None)
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(layer.principal.index.encode(index), None)
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
         assert selection is not None, "one process owns every matrix"
         return selection
 
-    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
         return layer.weight.detach().view(-1)[index.long()]
 
     def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
@@ -136,7 +136,7 @@ class DenseStore:
         master = self.master(layer)
         moments = self._optimizer.state.get(master, {})
         # Adam has no state yet for a layer that no gradient has reached.
-        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in ("exp_avg", "exp_avg_sq"))
+        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in MOMENTS)
         return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
 
     @torch.no_grad()
@@ -145,8 +145,8 @@ class DenseStore:
         master.copy_(state.master)
         moments = self._optimizer.state.get(master, {})
         if moments:
-            moments["exp_avg"].copy_(state.exp_avg)
-            moments["exp_avg_sq"].copy_(state.exp_avg_sq)
+            for key in MOMENTS:
+                moments[key].copy_(getattr(state, key))
         layer.principal_values.copy_(state.master)
         layer.principal.index.words.copy_(words)
 
@@ -169,14 +169,14 @@ class DenseStore:
 
 def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:
     """W.flat[I] = θ, in place; a contiguous weight [m, n], its whole index, values [k] of any floating dtype."""
-    entries_of(index).put(weight.detach().view(-1), 0, values.detach())
+    access_to(index).put(weight.detach().view(-1), 0, values.detach())
 
 
 @torch.no_grad()
 def weights_at(weight: Tensor, index: CompactIndex) -> Tensor:
     """Return W.flat[I] [k], in the dtype of a contiguous weight [m, n]; its index is whole."""
     values = weight.new_empty(index.layout.entries)
-    entries_of(index).gather(weight.detach().view(-1), 0, values)
+    access_to(index).gather(weight.detach().view(-1), 0, values)
     return values
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deepspeed import comm
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import manifest, subspaces
+from lift_ds.checkpoint import subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error, stop_together
+from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import by_main, rank_and_count
 from lift_ds.zero.nvme import restore_states
@@ -74,7 +76,7 @@ def _saver(save: Any) -> Any:
             by_main(lambda: replace_scripts(save_dir))
             checkpoint.commit(self.module, folder, step=self.global_steps, layout=layout_of(self), latest=save_latest)
             if save_latest:
-                by_main(lambda: manifest.write_whole(Path(save_dir) / LATEST, tag))
+                by_main(lambda: write_whole(Path(save_dir) / LATEST, tag))
         except SaveError:
             raise
         except (*WRITER_ERRORS, ValueError) as error:
@@ -129,10 +131,10 @@ def newest_tag(load_dir: str, layout: checkpoint.Layout) -> str:
 
 @contextmanager
 def failures_kept(engine: Any, directory: str | os.PathLike[str]) -> Iterator[list[SaveError]]:
-    """Let a DeepSpeed engine save to its end, whatever its writers raise on this rank.
+    """Let a DeepSpeed engine save to its end on this rank, whatever its writers raise.
 
-    What fails between them ends in a `SaveError` at once: the other ranks are left behind in the middle of the save, so
-    nothing can be agreed on any more.
+    A rank that stopped in the middle would leave the others waiting in the next collective of the save. What fails
+    outside the writers does end it at once: then nothing can be agreed on any more.
 
     Args:
         engine: DeepSpeed's engine.
@@ -142,30 +144,36 @@ def failures_kept(engine: Any, directory: str | os.PathLike[str]) -> Iterator[li
         What has failed so far; to be given to `stop_together` after the save.
     """
     failures: list[SaveError] = []
+    save = engine.save_checkpoint
 
-    def kept(write: Any) -> Any:
-        def write_or_keep(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return write(*args, **kwargs)
-            except WRITER_ERRORS as error:
-                failures.append(save_error(directory, error))
-
-        return write_or_keep
+    def keep(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return write(*args, **kwargs)
+        except WRITER_ERRORS as error:
+            failures.append(save_error(directory, error))
 
     def save_checkpoint(save_dir: str, *args: Any, **kwargs: Any) -> None:
+        # DeepSpeed writes `latest` before its last barrier, where a failure could not be kept.
         try:
-            whole_save(save_dir, *args, **{**kwargs, "save_latest": False})
+            save(save_dir, *args, **{**kwargs, "save_latest": False})
         except WRITER_ERRORS as error:
             raise save_error(directory, error) from error
-        if rank_and_count()[0] == 0:  # DeepSpeed writes this name before its last barrier, unguarded
-            kept(manifest.write_whole)(Path(save_dir) / LATEST, f"global_step{engine.global_steps}")
+        if rank_and_count()[0] == 0:
+            keep(write_whole, Path(save_dir) / LATEST, f"global_step{engine.global_steps}")
 
-    writer, whole_save = engine.checkpoint_engine, engine.save_checkpoint
-    save, copy_script = writer.save, engine._copy_recovery_script
-    writer.save, engine._copy_recovery_script = kept(save), kept(copy_script)
-    engine.save_checkpoint = save_checkpoint
-    try:
+    with ExitStack() as stack:
+        for owner, name in ((engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")):
+            stack.enter_context(_replaced(owner, name, partial(keep, getattr(owner, name))))
+        stack.enter_context(_replaced(engine, "save_checkpoint", save_checkpoint))
         yield failures
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Let an object have another method within the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, method)
+    try:
+        yield
     finally:
-        writer.save, engine._copy_recovery_script = save, copy_script
-        engine.save_checkpoint = whole_save
+        setattr(owner, name, original)

@@ -17,6 +17,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from torch import Tensor
 
 from lift_ds.model.partition import is_partitioned
+from lift_ds.refresh.carry import EXP_AVG, MOMENTS
 from lift_ds.zero.partitioned import lives_on_nvme, shard_in_memory
 
 #: Names of DeepSpeed's files of offloaded states: of a sub-group from one parameter's number to another's.
@@ -93,7 +94,7 @@ def restore_states(wrapper: Any, folder: Path | str) -> None:
         state = dict(saved["state"].get(number, {}))
         if number in swapped:
             master.copy_(_read(swapped[number], "", master))
-            state |= {key: _read(swapped[number], f"{key}-", master) for key in ("exp_avg", "exp_avg_sq") if state}
+            state |= {key: _read(swapped[number], f"{key}-", master) for key in MOMENTS if state}
         else:
             master.copy_(masters[number])
         inner.state[master] = {key: _own_copy(value) for key, value in state.items()}
@@ -108,7 +109,7 @@ def _swapped_files(wrapper: Any, folder: Path) -> dict[int, Path]:
     here = [number for number in range(len(masters)) if wrapper._swappable_optimizer_subgroup(number)]
     here.sort(key=lambda number: _first_parameter(str(masters[number].ds_id)))
     files = sorted(
-        (path for path in folder.glob("*.swp") if not path.name.startswith("exp_avg")),
+        (path for path in folder.glob("*.swp") if not path.name.startswith(EXP_AVG)),
         key=lambda path: _first_parameter(path.name),
     )
     if len(here) != len(files):

@@ -18,8 +18,8 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
+from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex
-from lift_ds.index.entries import entries_of
 from lift_ds.model.partition import is_partitioned
 
 
@@ -160,9 +160,9 @@ def put_values_in_shard(weight: Any, index: CompactIndex, values: Tensor) -> Non
     """
     start, stop = shard_range(weight)
     with shard_in_memory(weight, write=True) as shard:
-        entries_of(index.to(shard.device)).put(shard[: stop - start], start, values.to(shard.device))
+        access_to(index.to(shard.device)).put(shard[: stop - start], start, values.to(shard.device))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
-        entries_of(index).put(weight.view(-1), 0, values)
+        access_to(index).put(weight.view(-1), 0, values)
 
 
 @torch.no_grad()
@@ -177,5 +177,5 @@ def weights_in_shard(weight: Any, index: CompactIndex, elsewhere: Tensor) -> Ten
     start, stop = shard_range(weight)
     with shard_in_memory(weight, write=False) as shard:
         found = elsewhere.to(shard.device, copy=True)
-        entries_of(index.to(shard.device)).gather(shard[: stop - start], start, found)
+        access_to(index.to(shard.device)).gather(shard[: stop - start], start, found)
     return found.to(elsewhere.device)

@@ -24,8 +24,8 @@ from deepspeed.utils import zero_to_fp32, zero_to_torch
 from torch import Tensor
 
 from lift_ds import checkpoint
+from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout
-from lift_ds.index.entries import entries_of
 from lift_ds.model.layers import INDEX_WORDS, PRINCIPAL_KEYS, VALUES
 from lift_ds.runtime.ranks import alone
 
@@ -119,7 +119,7 @@ class _TrainedWeight:
         weight, values = self.weight.contiguous().float(), self.values.contiguous().float()
         rows, columns = weight.shape
         layout = IndexLayout(rows, columns, values.numel(), self.block_shape)
-        entries_of(CompactIndex(self.words.contiguous(), layout)).put(weight.view(-1), 0, values.view(-1))
+        access_to(CompactIndex(self.words.contiguous(), layout)).put(weight.view(-1), 0, values.view(-1))
         return weight
 
 

@@ -29,8 +29,8 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import PrincipalState
-from lift_ds.refresh.store import DenseStore, Selection, differences, put_values, weights_at
+from lift_ds.refresh.carry import MOMENTS, PrincipalState
+from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at
 from lift_ds.zero.partitioned import (
     assign,
     gathered,
@@ -122,7 +122,7 @@ class _RankedStore:
         comm.broadcast(tensor.view(torch.uint8), self._global(owner), group=self._group)
         return tensor
 
-    def _words_from_owner(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Tensor:
+    def _words_from_owner(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> Tensor:
         words = None if selection is None else selection.words
         return self._from_owner(owner, words, layer.principal.index.word_count(), torch.int32)
 
@@ -149,13 +149,13 @@ class PartitionedStateStore(_RankedStore):
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return layer.weight.detach() if owner == self.rank else None
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
-        return Selection(layer.principal.index.encode(index), None)
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(layer.principal.index.encode(index), None)
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
-        return Selection(self._words_from_owner(layer, owner, selection), None)
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
+        return NewIndex(self._words_from_owner(layer, owner, selection), None)
 
-    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
         return layer.weight.detach().view(-1)[index.long()]
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
@@ -171,7 +171,7 @@ class PartitionedStateStore(_RankedStore):
     @torch.no_grad()
     def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
         safe_set_full_fp32_param(layer.principal_values, state.master)
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in MOMENTS:
             safe_set_full_optimizer_state(layer.principal_values, getattr(state, key), key)
         layer.principal_values.copy_(state.master)
         if self._index is None:
@@ -223,17 +223,17 @@ class PartitionedParameterStore(_RankedStore):
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return gathered_to(layer.weight, owner)
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> Selection:
-        return Selection(layer.principal.index.encode(index), weight.view(-1)[index.long()])
+    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(layer.principal.index.encode(index), weight.view(-1)[index.long()])
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: Selection | None) -> Selection:
+    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
         current = None if selection is None else selection.current
-        return Selection(
+        return NewIndex(
             self._words_from_owner(layer, owner, selection),
             self._from_owner(owner, current, layer.entries(), layer.weight.dtype),
         )
 
-    def current(self, layer: PrincipalLayer, selection: Selection, index: Tensor) -> Tensor:
+    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
         assert selection.current is not None, "the owner hands out the weights too"
         return selection.current
 
@@ -247,7 +247,7 @@ class PartitionedParameterStore(_RankedStore):
         # DeepSpeed's setters of whole values refuse a number of entries that N does not divide.
         with own_part(layer.principal_values) as part_of:
             safe_set_local_fp32_param(layer.principal_values, part_of(state.master))
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 safe_set_local_optimizer_state(layer.principal_values, part_of(getattr(state, key)), key)
         assign(layer.principal_values, state.master)
         assign(layer.principal.index.words, words)
@@ -302,7 +302,7 @@ def _read_fragments(values: Any) -> PrincipalState:
         values: θ [k], linked by DeepSpeed to the fragment of its flat group that this rank holds, if any.
     """
     whole = torch.zeros(3, values.numel(), dtype=torch.float32, device=values.device)
-    for row, key in enumerate((None, "exp_avg", "exp_avg_sq")):
+    for row, key in enumerate((None, *MOMENTS)):
         own, fragment = _own_fragment(values, key)
         whole[row, own].copy_(fragment)
     comm.all_reduce(whole, group=values._dp_group)
@@ -321,7 +321,7 @@ def _own_fragment(values: Any, key: str | None = None) -> tuple[slice, Tensor]:
 def _read_full(layer: PrincipalLayer) -> PrincipalState:
     # In one all-gather it would need the local values, which DeepSpeed does not fetch from a disk.
     values = layer.principal_values
-    moments = [safe_get_full_optimizer_state(values, key) for key in ("exp_avg", "exp_avg_sq")]
+    moments = [safe_get_full_optimizer_state(values, key) for key in MOMENTS]
     return PrincipalState(*(tensor.view(-1) for tensor in (safe_get_full_fp32_param(values), *moments)))
 
 

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lift_ds.refresh.carry import EXP_AVG, MOMENTS
 from lift_ds.zero.partitioned import assign
 
 #: Folder of what is not trained.
 FROZEN = "frozen"
 
-_STATES = ("fp32", "exp_avg", "exp_avg_sq")
+_STATES = ("fp32", *MOMENTS)
 
 #: Entries of a ZeRO-1 or ZeRO-2 optimizer state that are a rank's own part.
 _SHARDED = {"base_optimizer_state", "single_partition_of_fp32_groups", "param_slice_mappings"}
@@ -66,7 +67,7 @@ class SavedRun:
         self._optimizers = [file["optimizer_state_dict"] for file in self._files]
         inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
         self._inner = [states[inner] for states in self._optimizers]
-        if any("exp_avg" not in state for states in self._inner for state in states["state"].values()):
+        if any(EXP_AVG not in state for states in self._inner for state in states["state"].values()):
             raise ValueError(f"{folder}: has no moments (saved before the first step, or offloaded to NVMe)")
 
     @property

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
-from lift_ds.index.kernels.triton_entries import TritonEntries, copy_entries
+from lift_ds.index.kernels.triton_access import TritonAccess, copy_entries
 
 #: Ampere, Hopper, Blackwell.
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
@@ -47,17 +47,17 @@ class CompileOnly:
         return 0
 
 
-def entries_of(block_shape: tuple[int, int], grid_columns: int) -> tuple[TritonEntries, int, int]:
+def entries_of(block_shape: tuple[int, int], grid_columns: int) -> tuple[TritonAccess, int, int]:
     """Entries of one block in a matrix of two rows of blocks; with how many entries, and the size of the matrix."""
     (p, q), columns = block_shape, grid_columns * block_shape[1]
     positions = (torch.arange(p)[:, None] * columns + torch.arange(q)).flatten()
     layout = IndexLayout(2 * p, columns, positions.numel(), block_shape)
     words = encode(positions, 2 * p, columns, block_shape)
-    return TritonEntries(CompactIndex(words, layout)), positions.numel(), 2 * p * columns
+    return TritonAccess(CompactIndex(words, layout)), positions.numel(), 2 * p * columns
 
 
 def compiled(
-    entries: TritonEntries, count: int, size: int, piece: torch.dtype, values: torch.dtype, gather: bool
+    entries: TritonAccess, count: int, size: int, piece: torch.dtype, values: torch.dtype, gather: bool
 ) -> Any:
     """The code of one specialisation, by kind; the message where there is none."""
     launch = entries.launch(torch.empty(size, dtype=piece), 0, torch.empty(count, dtype=values), gather=gather)

@@ -16,26 +16,26 @@ from helpers import same_bits
 from test_encoding import BLOCKED, some_blocks
 from torch import Tensor
 
-from lift_ds.index import entries as ways
+from lift_ds.index import access as ways
+from lift_ds.index.access import Access, access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
-from lift_ds.index.entries import Entries, entries_of
-from lift_ds.index.kernels import torch_entries
-from lift_ds.index.kernels.torch_entries import TorchEntries
+from lift_ds.index.kernels import torch_access
+from lift_ds.index.kernels.torch_access import TorchAccess
 
 #: Where the Triton kernel runs here.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _triton_entries(index: CompactIndex) -> Entries:
-    from lift_ds.index.kernels.triton_entries import TritonEntries
+def _triton_entries(index: CompactIndex) -> Access:
+    from lift_ds.index.kernels.triton_access import TritonAccess
 
-    return TritonEntries(index)
+    return TritonAccess(index)
 
 
-def _host_entries(index: CompactIndex) -> Entries:
-    from lift_ds.index.kernels.host_entries import HostEntries
+def _host_entries(index: CompactIndex) -> Access:
+    from lift_ds.index.kernels.host_access import HostAccess
 
-    return HostEntries(index)
+    return HostAccess(index)
 
 
 without_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux alone")
@@ -44,11 +44,11 @@ without_host = pytest.mark.skipif(
 )
 #: How to make the entries, and the device of the tensors.
 KINDS = [
-    pytest.param(TorchEntries, DEVICE, id="torch"),
+    pytest.param(TorchAccess, DEVICE, id="torch"),
     pytest.param(_triton_entries, DEVICE, id="triton", marks=without_triton),
     pytest.param(_host_entries, "cpu", id="host", marks=without_host),
 ]
-Maker = Callable[[CompactIndex], Entries]
+Maker = Callable[[CompactIndex], Access]
 #: Beside blocks and wide ones: one entry, all, rows without any, a row longer than a program's chunk, odd numbers.
 CASES = [
     *((rows, columns, block_shape, count) for rows, columns, block_shape, count in BLOCKED if rows * columns < 300_000),
@@ -128,7 +128,7 @@ def test_values_take_the_dtype_of_the_receiver(
 def test_tiles_of_rows_put_together_are_the_whole() -> None:
     """Also by the way torch's operators take on a device, which does not ask which entries are inside."""
     index, positions = compact(12, 30, (1, 1), 100, DEVICE)
-    entries, matrix = TorchEntries(index), numbers(360, torch.float32, DEVICE)
+    entries, matrix = TorchAccess(index), numbers(360, torch.float32, DEVICE)
     by_tiles, unasked = torch.zeros(2, 100, device=DEVICE)
     for start in range(0, 360, 90):
         entries.gather(matrix[start : start + 90], start, by_tiles)
@@ -143,11 +143,11 @@ def test_on_the_host_an_index_decoded_by_parts_is_the_whole(
     case: tuple[int, int, tuple[int, int], int], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts of one row of blocks, of several, and rows without any."""
-    monkeypatch.setattr(torch_entries, "_CHUNK", chunk)
+    monkeypatch.setattr(torch_access, "_CHUNK", chunk)
     index, _ = compact(*case, "cpu")
     positions, size = index.positions().long(), case[0] * case[1]
     for start, stop in pieces(size, case[1]):
-        parts = list(TorchEntries(index)._parts(start, stop - start))
+        parts = list(TorchAccess(index)._parts(start, stop - start))
         found = torch.cat([positions[:0], *(part + offset + start for _, offset, part in parts)])
         assert torch.equal(found, positions[(positions >= start) & (positions < stop)])
         assert [j for own, _, _ in parts for j in range(own.start, own.stop)] == [
@@ -167,7 +167,7 @@ def test_threads_of_the_host_copy_what_one_copies(
 ) -> None:
     index, positions = compact(*case, "cpu")
     size, values = case[0] * case[1], numbers(positions.numel(), torch.float64)
-    entries, plain = _host_entries(index), TorchEntries(index)
+    entries, plain = _host_entries(index), TorchAccess(index)
     several_threads(threads)
     for start, stop in pieces(size, case[1]):
         matrix, out = numbers(size, torch.float64), values.clone()
@@ -251,23 +251,23 @@ def test_sizes_that_contradict_each_other_are_refused(wrong: str) -> None:
 
 @without_host
 def test_on_the_host_it_is_the_compiled_kernel() -> None:
-    from lift_ds.index.kernels.host_entries import HostEntries
+    from lift_ds.index.kernels.host_access import HostAccess
 
     index, _ = compact(3, 5, (1, 1), 4, "cpu")
-    assert isinstance(entries_of(index), HostEntries)
+    assert isinstance(access_to(index), HostAccess)
 
 
 def test_on_a_host_without_the_kernel_it_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an install without a C compiler leaves it; said once."""
     monkeypatch.setitem(sys.modules, "lift_ds.index.kernels._host", None)
-    monkeypatch.delitem(sys.modules, "lift_ds.index.kernels.host_entries", raising=False)
+    monkeypatch.delitem(sys.modules, "lift_ds.index.kernels.host_access", raising=False)
     said: list[str] = []
     monkeypatch.setattr(ways.get_logger(), "warning", said.append)
     ways._has_host_kernel.cache_clear()
     try:
         index, _ = compact(3, 5, (1, 1), 4, "cpu")
-        assert isinstance(entries_of(index), TorchEntries)
-        assert isinstance(entries_of(index), TorchEntries)
+        assert isinstance(access_to(index), TorchAccess)
+        assert isinstance(access_to(index), TorchAccess)
     finally:
         ways._has_host_kernel.cache_clear()
     assert len(said) == 1

@@ -4,8 +4,8 @@
     put       piece[I[j] - start] = values[j]    the write-back into W, or into a rank's shard of it
               for the j with start <= I[j] < start + len(piece); the others are left alone
 
-Three forms of one thing: `TorchEntries` decodes the index to positions; it is the reference, and runs everywhere.
-`TritonEntries` and `HostEntries` read the stored words and make no positions at all; they are what runs on CUDA where
+Three forms of one thing: `TorchAccess` decodes the index to positions; it is the reference, and runs everywhere.
+`TritonAccess` and `HostAccess` read the stored words and make no positions at all; they are what runs on CUDA where
 triton is installed, and on the CPU where the host kernel was compiled.
 """
 
@@ -17,14 +17,12 @@ from typing import Protocol
 from torch import Tensor
 
 from lift_ds.index.encoding import CompactIndex
-from lift_ds.index.kernels.torch_entries import TorchEntries
+from lift_ds.index.kernels.torch_access import TorchAccess
 from lift_ds.runtime.logs import get_logger
 
-__all__ = ["Entries", "TorchEntries", "entries_of"]
 
-
-class Entries(Protocol):
-    """The principal entries of one matrix [m, n]."""
+class Access(Protocol):
+    """Access to the principal entries of one matrix [m, n]."""
 
     def gather(self, piece: Tensor, start: int, out: Tensor) -> None:
         """Copy the principal entries of a piece of the matrix to their places among all k.
@@ -45,21 +43,21 @@ class Entries(Protocol):
         """
 
 
-def entries_of(index: CompactIndex) -> Entries:
+def access_to(index: CompactIndex) -> Access:
     """Return the way to a matrix's principal entries that suits the device of its index; the only place that chooses.
 
     Args:
         index: whole.
     """
     if index.words.is_cuda and _has_triton():
-        from lift_ds.index.kernels.triton_entries import TritonEntries
+        from lift_ds.index.kernels.triton_access import TritonAccess
 
-        return TritonEntries(index)
+        return TritonAccess(index)
     if index.words.device.type == "cpu" and _has_host_kernel():
-        from lift_ds.index.kernels.host_entries import HostEntries
+        from lift_ds.index.kernels.host_access import HostAccess
 
-        return HostEntries(index)
-    return TorchEntries(index)
+        return HostAccess(index)
+    return TorchAccess(index)
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from torch import Tensor
 from lift_ds.index.dtensors import refuse_dtensors
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.index.kernels._host import copy_entries
-from lift_ds.index.kernels.torch_entries import TorchEntries
+from lift_ds.index.kernels.torch_access import TorchAccess
 
-#: (of the piece, of the values) -> number of the loop in host_entries.c; other pairs are left to torch.
+#: (of the piece, of the values) -> number of the loop in host_access.c; other pairs are left to torch.
 _KINDS = {
     (torch.bfloat16, torch.bfloat16): 0,
     (torch.float16, torch.float16): 0,
@@ -27,8 +27,8 @@ _KINDS = {
 }
 
 
-class HostEntries:
-    """The principal entries of one matrix in the host's memory; see `lift_ds.index.entries.Entries`.
+class HostAccess:
+    """Access to the principal entries of one matrix in the host's memory; see `lift_ds.index.access.Access`.
 
     Args:
         index: whole.
@@ -42,11 +42,11 @@ class HostEntries:
         self._index = index
 
     @cached_property
-    def _by_torch(self) -> TorchEntries:
-        return TorchEntries(self._index)
+    def _by_torch(self) -> TorchAccess:
+        return TorchAccess(self._index)
 
     def gather(self, piece: Tensor, start: int, out: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.gather`."""
+        """See `lift_ds.index.access.Access.gather`."""
         kind = _KINDS.get((piece.dtype, out.dtype))
         if kind is None:
             self._by_torch.gather(piece, start, out)
@@ -54,7 +54,7 @@ class HostEntries:
             self._copy(kind, piece, start, out, gather=True)
 
     def put(self, piece: Tensor, start: int, values: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.put`."""
+        """See `lift_ds.index.access.Access.put`."""
         kind = _KINDS.get((piece.dtype, values.dtype))
         if kind is None:
             self._by_torch.put(piece, start, values)

@@ -16,8 +16,8 @@ from lift_ds.index.encoding import CompactIndex
 _CHUNK = 2**20
 
 
-class TorchEntries:
-    """The principal entries of one matrix, on any device; see `lift_ds.index.entries.Entries`.
+class TorchAccess:
+    """Access to the principal entries of one matrix, on any device; see `lift_ds.index.access.Access`.
 
     Args:
         index: whole.
@@ -35,7 +35,7 @@ class TorchEntries:
 
     @torch.no_grad()
     def gather(self, piece: Tensor, start: int, out: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.gather`; no synchronisation of a device."""
+        """See `lift_ds.index.access.Access.gather`; no synchronisation of a device."""
         if not self._on_host and piece.numel() < self._size:
             self._gather_where_inside(piece, start, out)
             return
@@ -48,7 +48,7 @@ class TorchEntries:
 
     @torch.no_grad()
     def put(self, piece: Tensor, start: int, values: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.put`; synchronises a device other than the CPU for a part of W."""
+        """See `lift_ds.index.access.Access.put`; synchronises a device other than the CPU for a part of W."""
         for own, offset, positions in self._parts(start, piece.numel()):
             # The fastest on a CPU, though it needs int64: index_put_ takes half as long again, scatter_ into bf16 20
             # times as long; put_ refuses deterministic mode.

@@ -97,8 +97,8 @@ class Launch:
     constants: dict[str, Any]
 
 
-class TritonEntries:
-    """The principal entries of one matrix on a CUDA device; see `lift_ds.index.entries.Entries`.
+class TritonAccess:
+    """Access to the principal entries of one matrix on a CUDA device; see `lift_ds.index.access.Access`.
 
     Args:
         index: whole.
@@ -112,12 +112,12 @@ class TritonEntries:
 
     @torch.no_grad()
     def gather(self, piece: Tensor, start: int, out: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.gather`."""
+        """See `lift_ds.index.access.Access.gather`."""
         self._copy(piece, start, out, gather=True)
 
     @torch.no_grad()
     def put(self, piece: Tensor, start: int, values: Tensor) -> None:
-        """See `lift_ds.index.entries.Entries.put`."""
+        """See `lift_ds.index.access.Access.put`."""
         self._copy(piece, start, values, gather=False)
 
     def launch(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> Launch:

@@ -109,7 +109,7 @@ DEFINE_BOTH(same8, uint64_t, uint64_t, same64, same64)
 DEFINE_BOTH(bf16_f32, uint16_t, uint32_t, widen, narrow)
 DEFINE_BOTH(f32_bf16, uint32_t, uint16_t, narrow, widen)
 
-/* By the numbers that host_entries.py gives to pairs of types. */
+/* By the numbers that host_access.py gives to pairs of types. */
 static const struct {
     CopyRow gather, put;
 } KINDS[] = {
