@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from lift_ds.model.attachment import Attachment
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.model.targets import kinds_of
 from lift_ds.refresh.carry import carry_over
+from lift_ds.refresh.checks import Untrained, require_equal
 from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
 from lift_ds.refresh.store import NewIndex, PrincipalStore
@@ -74,8 +74,7 @@ class Driver:
         own = self.plan.jobs_of(store.rank)
         attachment.subspaces = {name: start for name, start in attachment.subspaces.items() if name in own}
         self._unfinished: list[RefreshReport] = []  # parts of the refresh that is under way
-        self._untrained = [*attachment.layers]  # as far as has been looked
-        self._looks = 0
+        self._untrained = Untrained(attachment, store)
 
     def _plan(self) -> RefreshPlan:
         layers = self.attachment.layers
@@ -103,69 +102,25 @@ class Driver:
         steps = self.applied_steps + 1
         due = self.plan.due(steps)
         names = set(itertools.chain.from_iterable(due or ()))
+        refreshed = {name: layer for name, layer in self.attachment.layers.items() if name in names}
         self.store.write_back([layer for name, layer in self.attachment.layers.items() if name not in names])
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
         if due is not None:
             with watchdog.during(f"refresh at step {steps}"):
-                self._require_equal(names, write_first=True)
+                require_equal(self.store, refreshed, write_first=True)
                 self._refresh(steps, due)
         self.store.release()
-        if self._looks == 0 or (self._looks == 1 and due is not None and self.plan.completes(steps)):
-            self._tell_untrained(steps)
-
-    def _tell_untrained(self, step: int) -> None:
-        """Name the matrices that no gradient has reached: after the first step, and where it lasts after a refresh."""
-        if not self._untrained:
-            return
-        layers = {name: self.attachment.layers[name] for name in self._untrained}
-        reached = self.store.on_any_rank([layer in self.attachment.ever_reached for layer in layers.values()])
-        self._untrained = [name for name, found in zip(layers, reached, strict=True) if not found]
-        self._looks += 1
-        if self._untrained:
-            logger.warning(
-                "after step %d no gradient has reached %d of %d managed matrices, which are not trained: %s. The model "
-                "reads these weights without calling their layers, or they take no part in the loss; exclude_modules "
-                "leaves them out",
-                step, len(self._untrained), len(self.attachment.layers), ", ".join(kinds_of(self._untrained)),
-            )  # fmt: skip
+        self._untrained.after_step(steps, refreshed=due is not None and self.plan.completes(steps))
 
     def check_state(self) -> None:
         """Check that optimizer and weights agree, as after loading a checkpoint; all ranks call.
 
         Raises:
-            RuntimeError: as `_require_equal`; nothing was changed.
+            RuntimeError: as `require_equal`; nothing was changed.
         """
-        self._require_equal(set(self.attachment.layers), write_first=False)
+        require_equal(self.store, self.attachment.layers, write_first=False)
         self.store.release()
-
-    def _require_equal(self, names: Collection[str], *, write_first: bool) -> None:
-        """Check that the weights at the principal entries are the master values, rounded to the weights' dtype.
-
-        What the optimizer's state is read from is DeepSpeed's business, and it may be another one's.
-
-        Args:
-            names: of the matrices to look at.
-            write_first: write them back before, in the same pass.
-
-        Raises:
-            RuntimeError: on every rank, when they differ in a matrix, or a part of its state is missing; names it.
-        """
-        layers = {name: layer for name, layer in self.attachment.layers.items() if name in names}
-        counts = self.store.compare(list(layers.values()), write_first=write_first).tolist()
-        wrong = []
-        for (name, layer), (differing, found) in zip(layers.items(), counts, strict=True):
-            if found != layer.entries():
-                wrong.append(f"{name} (the state has {found:,} of its {layer.entries():,} entries)")
-            elif differing:
-                wrong.append(f"{name} (at {differing:,} of {found:,} entries)")
-        if wrong:
-            raise RuntimeError(
-                f"the optimizer's master values are not the trained weights in {len(wrong)} of {len(layers)} matrices, "
-                f"the first of them {wrong[0]}. Nothing was selected and nothing saved. Either another program has "
-                "changed weights or state, or an option of DeepSpeed keeps the state in a way that LIFT does not know: "
-                "leave that option out and continue from the last checkpoint"
-            )
 
     def step_skipped(self) -> None:
         """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""
