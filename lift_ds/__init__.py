@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
         package = (missing.name or "").split(".")[0]
         if package == "lift_ds":
             raise
-        raise ImportError(f"lift_ds.{name} needs {package}, which is not installed: pip install {package}") from missing
+        raise ImportError(f"lift_ds.{name} needs {package}, which is not installed: pip install {package}") from None
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ Losses of a run that changed its layout may differ by the order of float32 sums 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from harness import run_ranks
 Results = dict[str, Any]
 
 STEPS = 8
+#: Checkpoints that an earlier version has saved; see the README there.
+KEPT = Path(__file__).parent / "kept_checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def four(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def pair(folder: Path, four: Results, small_disk: Path | None) -> list[Results]:
     """What two ranks found in one launch, the second piece included."""
-    jobs = ["whole", "stages", "damages", "newest", *([f"full={small_disk}"] if small_disk else [])]
+    jobs = ["whole", "stages", "damages", "newest", f"kept={KEPT}", *([f"full={small_disk}"] if small_disk else [])]
     return run_ranks("checkpoints", 2, folder, "3,5,four_universal,two", *jobs)
 
 
@@ -107,6 +110,13 @@ def test_interrupted_saves_are_passed_over(pair: list[Results]) -> None:
         assert found["latest"] == ["two", "two"], "DeepSpeed's file never names one that is not whole"
         assert "lift.json is missing" in found["damaged tag"]
         assert "exclude_frozen_parameters=True" in found["frozen left out"]
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_checkpoints_of_an_earlier_version_continue(stage: str, pair: list[Results]) -> None:
+    """As the run did that saved them, up to how another processor rounds."""
+    losses = json.loads((KEPT / "losses.json").read_text())[stage]
+    assert pair[0]["kept"][stage] == pytest.approx(losses, rel=1e-6)
 
 
 def test_another_stage_is_told_how_to_convert(pair: list[Results]) -> None:

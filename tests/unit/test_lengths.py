@@ -7,6 +7,7 @@ with the same rows: what is prepared has to be the same, and the log line has to
 from __future__ import annotations
 
 import re
+import tempfile
 from typing import Any
 
 import pytest
@@ -73,7 +74,9 @@ def trainer_of(
     **flags: Any,
 ) -> Any:
     settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_epsilon": 1e-8}
-    args = TrainArguments(output_dir="unused", report_to="none", disable_tqdm=True, bf16=False, **settings, **flags)
+    args = TrainArguments(
+        output_dir=tempfile.gettempdir(), report_to="none", disable_tqdm=True, bf16=False, **settings, **flags
+    )
     return kind(
         model=small_llama(),
         args=args,

@@ -1,11 +1,13 @@
 """Checkpoints on real ranks: universal ones on other rank counts and stages, interrupted and failed saves, refusals.
 
-checkpoints.py FOLDER JOB...     whole; stages; damages; newest; full=TMPFS; or a piece, FIRST,LAST,RESUME,SAVE
+checkpoints.py FOLDER JOB...     whole; stages; damages; newest; full=TMPFS; keep=FOLDER; kept=FOLDER; or a piece,
+                                 FIRST,LAST,RESUME,SAVE
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -198,6 +200,32 @@ def full(folder: Path) -> dict[str, Any]:
     return result
 
 
+def keep(folder: Path) -> None:
+    """Save checkpoints of stages 2 and 3 after a refresh, and what the runs lose after it: for later versions."""
+    losses = {}
+    for stage in (2, 3):
+        engine = start(stage)
+        engines.train(engine, "llama", range(4))
+        engine.save_checkpoint(folder, f"stage{stage}")
+        losses[stage] = engines.train(engine, "llama", range(4, STEPS))
+        engine.destroy()
+    if dist.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses) + "\n")
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """Go on from the checkpoints of an earlier version."""
+    return {str(stage): continued(stage, folder) for stage in (2, 3)}
+
+
+def continued(stage: int, folder: Path) -> list[float]:
+    engine = start(stage)
+    engine.load_checkpoint(folder, f"stage{stage}")
+    losses = engines.train(engine, "llama", range(4, STEPS))
+    engine.destroy()
+    return losses
+
+
 if __name__ == "__main__":
     engines.start()
     folder = Path(sys.argv[1])
@@ -208,8 +236,8 @@ if __name__ == "__main__":
             results[name] = piece(2, range(STEPS), folder, resume=None, save=None)
         elif name in ("stages", "damages", "newest"):
             results[name] = {"stages": stages, "damages": damages, "newest": newest}[name](folder / name)
-        elif name == "full":
-            results[name] = full(Path(path))
+        elif name in ("full", "keep", "kept"):
+            results[name] = {"full": full, "keep": keep, "kept": kept}[name](Path(path))
         else:
             first, last, resume, save = job.split(",")
             steps = range(int(first), int(last))
