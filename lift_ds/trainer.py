@@ -29,7 +29,7 @@ from lift_ds.zero.universal_files import restore
 
 
 class _WatchedSaves(TrainerCallback):
-    """Notes the communication of a Trainer between steps: the loss gathered for the log, and a checkpoint.
+    """Tells the watchdog what a Trainer communicates between steps: the loss for the log, and a checkpoint.
 
     A Trainer announces what it will do in its control flags, and afterwards that it has. An evaluation is not noted,
     apart from its forwards: what it computes may be the user's own, and take any time.

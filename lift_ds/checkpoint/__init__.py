@@ -1,4 +1,7 @@
-"""When a checkpoint is whole, what it belongs to, and what happens when a save fails."""
+"""When a checkpoint is whole, what it belongs to, and what happens when a save fails.
+
+Read `commit` first. DeepSpeed's engines are told of it in `lift_ds.zero.engine_checkpoints`.
+"""
 
 from lift_ds.checkpoint.commit import (
     DESCRIPTION,

@@ -1,5 +1,6 @@
-"""The principal values and indices as a file of a checkpoint, where the saved model is a plain one and no DeepSpeed
-saves them: the checkpoints of a Trainer without DeepSpeed.
+"""The principal values and indices as a file of a checkpoint, for a Trainer without DeepSpeed.
+
+The model that it saves is a plain one, and DeepSpeed, which saves them elsewhere, is not there.
 """
 
 from __future__ import annotations

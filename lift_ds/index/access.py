@@ -44,7 +44,7 @@ class Access(Protocol):
 
 
 def access_to(index: CompactIndex) -> Access:
-    """Return the way to a matrix's principal entries that suits the device of its index; the only place that chooses.
+    """Return the form of access for the device of an index; this is the only place that chooses.
 
     Args:
         index: whole.

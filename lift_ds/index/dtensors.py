@@ -19,7 +19,7 @@ FSDP_AFTER_ATTACH = (
 
 
 def refuse_dtensors(*tensors: Tensor) -> None:
-    """Refuse tensors that torch.distributed.tensor has sharded, before a kernel takes them for memory of their own.
+    """Refuse tensors that torch.distributed.tensor has sharded: a kernel would read memory that is not theirs.
 
     Raises:
         ValueError: one of them is a DTensor.

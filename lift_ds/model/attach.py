@@ -159,7 +159,7 @@ def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Sele
 
 
 def _reserve_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
-    """Return what `_select_in` would, by its sizes alone."""
+    """Return tensors of the sizes that `_select_in` would return."""
     matrix = MatrixSize.of(module.weight.shape, module.weight.element_size())
     settings = _settings(name, matrix, config, "cuda")
     index = torch.empty(settings.k, dtype=torch.int64, device="meta")
@@ -214,7 +214,7 @@ def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_ba
 
 
 def _log_targets(targets: Targets, left_out: list[str]) -> None:
-    """Say what is managed, trained densely or left alone for another reason than that it is a linear layer."""
+    """Say which layers were left out, trained densely, or managed although they had been frozen."""
     if targets.new_heads:
         logger.info("the new head %s is trained densely", ", ".join(targets.new_heads))
     if targets.left_frozen:

@@ -1,4 +1,4 @@
-"""Attachment: what `attach` did to a model, and the watch that LIFT is really active."""
+"""Attachment: what `attach` did to a model, and the checks that LIFT is really active."""
 
 from __future__ import annotations
 

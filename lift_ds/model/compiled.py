@@ -1,9 +1,10 @@
-"""The managed layer as torch.compile takes it into its graph: of tensors alone, and one operator for the gradient of θ.
+"""A managed layer in a graph of torch.compile: its gradient of θ is one operator of the graph.
 
-That operator is opaque to the compiler. When it runs it finds its layer, and does what backward does without
+The compiler does not look inside that operator. When it runs it finds its layer and does what backward does without
 compilation: it fetches the index, tells the attachment, and forms dL/dW a tile of rows at a time.
 
-It is told the layer by a tensor. A number would be a constant of the graph, and each layer compiled anew.
+The operator gets the number of its layer as a tensor. A plain number would be a constant of the graph, so that every
+layer would be compiled anew.
 """
 
 from __future__ import annotations

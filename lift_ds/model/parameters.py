@@ -17,7 +17,7 @@ from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
 
 
 class IndexWords(nn.Parameter):
-    """The words of an index: a parameter, so that ZeRO-3 shards it, of whole numbers, which cannot have gradients."""
+    """The words of an index. They are a parameter, so that ZeRO-3 shards them; whole numbers have no gradients."""
 
     @property
     def requires_grad(self) -> bool:

@@ -1,4 +1,4 @@
-"""What other libraries do to a model, under which LIFT would train nothing or the wrong thing: refused by name.
+"""Models that another library has changed, so that LIFT would train nothing or the wrong entries: refused by name.
 
 A library is looked for only where the program has imported it.
 """

@@ -1,4 +1,4 @@
-"""What a refresh does to the training state: survivors keep it, newcomers start afresh."""
+"""What a refresh does to the state of training: an entry that stays keeps it, a new one starts with zero moments."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The refresh: select again from the current weights, carry the state over; and the clock that says when.
+"""What runs after every applied optimizer step: the write-back, and the refresh when it is due.
 
-`Driver` is what runs after every applied optimizer step. Where weights, indices and states live is the business of a
-`PrincipalStore`.
+A refresh selects again from the current weights and carries the state over. `Driver` does both through a
+`PrincipalStore`, which knows where weights, indices and states are.
 
 A refresh in three phases, for N ranks:
 

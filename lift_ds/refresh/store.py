@@ -1,6 +1,6 @@
-"""PrincipalStore: where the weights, indices, master values and moments of a run live; and the one that has all of it.
+"""PrincipalStore: where the weights, indices, master values and moments of a run are, and how they are reached.
 
-DeepSpeed's ways of spreading them are in `lift_ds.zero.stores`.
+`DenseStore` is for a process that has all of them. Those for DeepSpeed's ways are in `lift_ds.zero.stores`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class PrincipalStore(Protocol):
         """
 
     def release(self) -> None:
-        """Let go of what was kept whole from a backward to its step."""
+        """Give up what was kept whole between a backward and its step."""
 
 
 class DenseStore:

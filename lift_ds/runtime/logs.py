@@ -1,4 +1,4 @@
-"""The package's logger: visible without any set-up, one voice for all ranks, friendly to progress bars."""
+"""The package's logger: it needs no set-up, lets rank 0 speak for all, and leaves progress bars whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _ProgressBarHandler(logging.Handler):
 
 
 def get_logger() -> logging.Logger:
-    """Return the logger "lift_ds": INFO and above, ranks other than 0 say errors alone.
+    """Return the logger "lift_ds", at level INFO; of the ranks other than 0 it shows errors only.
 
     A handler is added only where the application has not set one on this logger.
     """

@@ -21,7 +21,7 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the context this process acts for itself, whatever run it is a rank of."""
+    """Let this process act as a run of one rank within the context."""
     token = _alone.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The watch over what a rank is in: a rank whose peers are gone stops and says where, instead of waiting for ever.
+"""The watchdog: a rank that waits for others which are gone stops and says where, instead of waiting for ever.
 
 A collective whose peer has died or stopped may return an error (gloo, when the connection closes), or never return (a
 stopped process, a lost network, NCCL). So each rank notes the operation it is in, which costs two assignments and no
@@ -12,8 +12,8 @@ device synchronisation, and a thread of its own ends the process when one operat
 On an accelerator the host runs ahead and waits elsewhere, perhaps in code that is not ours. There the end of an
 operation also records an event, and the operation is over when the device has passed it.
 
-What lies between operations (loading data, the user's own code) is not limited. One watch for the whole process,
-since a process hangs as a whole.
+What lies between operations (loading data, the user's own code) is not limited. There is one watchdog for the whole
+process, since a process hangs as a whole.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Everything that knows DeepSpeed: partitioned parameters, state access, write-back, the facade over its optimizers."""
+"""LIFT on DeepSpeed, the only room that knows it: states and weights that ZeRO shares out over the ranks.
+
+Read `bind` first, then `stores`.
+"""

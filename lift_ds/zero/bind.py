@@ -1,4 +1,4 @@
-"""bind: LIFT's part of a step, put behind the optimizer that really runs it.
+"""bind: let LIFT run after the steps of DeepSpeed's optimizer.
 
 engine.step()  ->  wrapper.step()      DeepSpeed: overflow check, clipping, Adam per group, gather of θ
                    Driver.step_applied()   only if the step was applied: W.flat[I] = θ, count, refresh when due

@@ -1,4 +1,4 @@
-"""Checkpoints of what ZeRO-3 keeps on a disk beside training, where DeepSpeed's own leave something out.
+"""Checkpoints of a run whose weights or states ZeRO-3 keeps on a disk: what DeepSpeed's own checkpoints leave out.
 
 frozen weights and indices    DeepSpeed saves and loads the memory of a shard, which on a disk has none
 counts of steps, settings     DeepSpeed copies the files of offloaded states and skips what is not in them

@@ -1,4 +1,4 @@
-"""Options of DeepSpeed under which LIFT would train something else than it says: refused by their key, before training.
+"""Options of DeepSpeed with which LIFT would not train what it says: refused by their key, before training.
 
 `docs/deepspeed_options.md` has a table of what works and what is refused, made from the tests.
 """

@@ -1,5 +1,5 @@
-"""DeepSpeed's ways to take weights out of a run, so that they give a plain model: without θ and I, W with what θ was
-trained to.
+"""DeepSpeed's ways to take weights out of a run. With LIFT they give a plain model: no θ and no I, and W has the
+trained values.
 
     engine.save_16bit_model(folder)                          the weights as they are now
     python CHECKPOINT/zero_to_fp32.py CHECKPOINT OUT         a checkpoint's weights, with the master values in float32

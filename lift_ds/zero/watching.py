@@ -1,8 +1,8 @@
-"""The operations of a run under the watch (`lift_ds.runtime.watchdog`): forward, backward, refresh, save and load.
+"""Which operations of a run the watchdog knows: forward, backward, refresh, save and load.
 
 forward    hooks of the model, in training and evaluation
 backward   DeepSpeed tells its wrapper: enter_backward before the first layer, exit_backward after the reduction
-step       the wrapper's step, which `facade` puts LIFT behind
+step       the wrapper's step, after which `bind` lets LIFT run
 refresh    each call of the store that communicates, by the name of its matrix
 save, load the engine's own methods, where the engine is ours
 """
@@ -59,7 +59,7 @@ class _WatchedStore:
 
     @contextlib.contextmanager
     def whole_index(self, layer: PrincipalLayer) -> Iterator[object]:
-        """It is the entry that communicates."""
+        """Only entering the context communicates."""
         with contextlib.ExitStack() as stack:
             with watchdog.during(f"gathering the index of {self._name(layer)}"):
                 index = stack.enter_context(self._store.whole_index(layer))
@@ -70,12 +70,12 @@ class _WatchedStore:
 
 
 def watched_store(store: PrincipalStore, attachment: Attachment) -> PrincipalStore:
-    """Return a store that does the same, each of its calls under the watch."""
+    """Return a store that does the same, and tells the watchdog of each call."""
     return cast(PrincipalStore, _WatchedStore(store, attachment))
 
 
 def follow_training(model: nn.Module, wrapper: Any, driver: Driver) -> None:
-    """Put forward and backward under the watch, and start it by the setting `stall_timeout`.
+    """Tell the watchdog of forward and backward, and start it by the setting `stall_timeout`.
 
     Args:
         model: the model LIFT is attached to, or a wrapper of it.
@@ -125,7 +125,7 @@ def _follow_backward(wrapper: Any, driver: Driver) -> None:
 
 
 def follow_engine(engine: Any) -> None:
-    """Put backward, save and load of an engine under the watch, so that their errors name them too."""
+    """Tell the watchdog of backward, save and load of an engine, so that their errors name them too."""
     driver: Driver = engine.optimizer.driver
     for name, operation in (
         ("backward", "backward of step {next}"),
