@@ -26,7 +26,7 @@ class Attachment:
         config: the settings it was attached with.
         layers: dotted name -> managed layer, in the order of the model's modules.
         required_grad: names of the parameters that required grad before.
-        driver: what applies the principal values after a step (of LiftAdamW, or of the facade over ZeRO).
+        driver: what applies the principal values after a step (set by LiftAdamW, or by `lift_ds.bind`).
         optimizer: the LiftAdamW built from the model, if one was.
         reached: layers whose principal values a gradient has reached since the last applied step.
         ever_reached: and since the beginning of this process, up to that step.
