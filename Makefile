@@ -12,6 +12,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
+# The variable silences a notice of Material's about its own future. Not --quiet: that would silence what --strict counts.
+BUILD_DOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # One thread a rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -40,11 +43,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory docs
+	$(BUILD_DOCS)
 
-# The variable silences Material's notice about its own future, which says nothing about these pages.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BUILD_DOCS)
 
 test: lint
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow and not cluster"
