@@ -7,7 +7,6 @@ tests and public names that pages name are there.
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,10 @@ from documented import pages, refreshed
 from pages import PAGES, REPOSITORY
 
 import lift_ds
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import pictures
 
 #: A file in the repository, perhaps with a test in it, between backticks.
 _NAMED = re.compile(
@@ -34,8 +37,7 @@ def test_output_is_what_the_command_prints(page: Path) -> None:
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
-    script = [sys.executable, "benchmarks/pictures.py", "--output", str(tmp_path)]
-    subprocess.run(script, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
+    pictures.main(["--output", str(tmp_path)])
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert drawn == {path.name: path.read_text() for path in (REPOSITORY / "docs/pictures").iterdir()}
 
