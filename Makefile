@@ -2,6 +2,7 @@
 # make test    lint, types, every test     make test-slow   the longer checks
 # make test-cluster   every launcher on several hosts made of namespaces; on Debian as root, skipped elsewhere
 # make footprint   memory and network of full fine-tuning, LoRA and LIFT, counted; a refresh on several ranks
+# make docs   the documentation as a site, in site/; strictly and without the network
 # make speed   how fast principal weights are selected, and how fast a step is; tables, JSON and plots
 
 PYTHON ?= python3
@@ -11,11 +12,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
 
+# The variable silences a notice of Material's about its own future. Not --quiet: that would silence what --strict counts.
+BUILD_DOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # One thread a rank: two ranks on two cores otherwise fight over them.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test test-slow test-cluster footprint speed lint clean
+.PHONY: setup train test test-slow test-cluster footprint speed lint docs clean
 
 setup: $(STAMP)
 
@@ -29,7 +33,7 @@ $(STAMP): pyproject.toml setup.py lift_ds/index/kernels/host_access.c constraint
 	host=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') && \
 	PATH="$(abspath $(BIN)):$$PATH" DS_BUILD_CPU_ADAM=$$host DS_BUILD_SHM_COMM=$$host \
 	$(PIP) --no-build-isolation --no-cache-dir deepspeed
-	$(PIP) --no-build-isolation --editable '.[trl,development,benchmarks]'
+	$(PIP) --no-build-isolation --editable '.[trl,development,benchmarks,docs]'
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -40,6 +44,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+	$(BUILD_DOCS)
+
+docs: $(STAMP)
+	$(BUILD_DOCS)
 
 test: lint
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow and not cluster"
@@ -62,4 +70,4 @@ speed: $(STAMP)
 	$(BIN)/python benchmarks/step.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info lift_ds/index/kernels/_host*.so lift_output
+	rm -rf $(VENV) build dist site *.egg-info lift_ds/index/kernels/_host*.so lift_output

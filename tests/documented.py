@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 
@@ -25,6 +27,7 @@ from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of, read_fac
 from lift_ds.planner.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 #: An indented `$ lift-ds ...` and the indented lines below it.
 _SHOWN = re.compile(r"^    \$ lift-ds (?P<command>.*)\n(?:(?:    .*|)\n)*?(?=\S|\Z)", re.MULTILINE)
@@ -59,8 +62,34 @@ def _nearest_rank(facts: ModelFacts) -> int:
     return round(USUAL_DENSITY * facts.managed / sum(map(sum, facts.shapes.values())))
 
 
+#: Column of the table of memory -> the categories of footprint.json in it.
+_FOOTPRINT = {
+    "weights": ("weights",), "trained": ("trained apart",), "gradients": ("gradients",), "index": ("index",),
+    "master and moments": ("master", "moments"),
+}  # fmt: skip
+
+
+def footprint() -> str:
+    """What a rank of four was counted to hold and send, from benchmarks/results/footprint.json."""
+    records = json.loads((RESULTS / "footprint.json").read_text())["records"]
+    lines = [f"| | {' | '.join(_FOOTPRINT)} | in all | peak of a step | network, a step |", "|---" * 9 + "|"]
+    for record in records:
+        if record["ranks"] == 4 and record["stage"] in (2, 3):
+            held = [sum(record["persistent"][name]["counted"] for name in names) for names in _FOOTPRINT.values()]
+            cells = [f"{size:.3f}".rstrip("0").rstrip(".") if size > 5e-4 else "" for size in held]
+            totals = [f"{record[key]:.2f}" for key in ("persistent_total", "peak", "network_total")]
+            lines.append(f"| {_run_name(record)} | {' | '.join(cells + totals)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _run_name(record: dict[str, Any]) -> str:
+    method, _, replicated = record["method"].partition("-")
+    placement = f", index {replicated or 'sharded'}" if method == "lift" and record["stage"] == 2 else ""
+    return f"{ {'full': 'full', 'lora': 'LoRA', 'lift': 'LIFT'}[method] }, ZeRO-{record['stage']}{placement}"
+
+
 #: Name of a table -> what makes it.
-TABLES: dict[str, Callable[[], str]] = {"options": option_cases.table, "shares": shares}
+TABLES: dict[str, Callable[[], str]] = {"footprint": footprint, "options": option_cases.table, "shares": shares}
 
 
 def _output(command: str) -> str:

@@ -39,14 +39,14 @@ COMMANDS = sorted({command for block in blocks("bash") for command in commands(b
 
 
 def check_training(arguments: list[str]) -> None:
-    """Check the flags of launch/train.py."""
+    """Check the flags of the shipped job."""
     values, _ = make_train_parser().read(arguments)
     assert values["deepspeed"] is None or (REPOSITORY / values["deepspeed"]).is_file()
 
 
 def check_deepspeed(arguments: list[str]) -> None:
     launch = parse_deepspeed(arguments)
-    assert launch.user_script == "launch/train.py"
+    assert launch.user_script == ("lift_ds.training" if launch.module else "launch/train.py")
     check_training(launch.user_args)
 
 
@@ -55,6 +55,8 @@ def check_python(arguments: list[str]) -> None:
         compile(arguments[1], "-c", "exec")
     elif arguments[:2] == ["-m", "lift_ds.universal"]:
         assert universal.main(arguments[2:]) == universal.REFUSED  # there are no such folders
+    elif arguments[:2] == ["-m", "lift_ds.training"]:
+        check_training(arguments[2:])
     elif arguments[0] == "launch/scaling_study.py":
         assert make_study_parser(None).parse_args(arguments[1:])
     else:
@@ -68,7 +70,10 @@ def check_make(arguments: list[str]) -> None:
 
 
 def check_lift_ds(arguments: list[str]) -> None:
-    assert cli.main(arguments) == 0
+    if arguments[0] == "train":
+        check_training(arguments[1:])
+    else:
+        assert cli.main(arguments) == 0
 
 
 def check_pytest(arguments: list[str]) -> None:
