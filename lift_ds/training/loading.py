@@ -82,6 +82,7 @@ def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTraine
         model = _with_attention(name, script.attn_implementation, dtype, args, trusted)
     except (OSError, ValueError) as error:
         raise ValueError(_not_loadable(name, error)) from error
+    logger.info("%s: attention by %s, weights in %s", name, model.config._attn_implementation, model.dtype)
     return model, Base(base_dtype, getattr(config, "use_cache", True))
 
 

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lift_ds import LiftConfig
 from lift_ds.runtime.logs import is_main_rank
 from lift_ds.runtime.ranks import from_all
+from lift_ds.training.arguments import adam_settings
 
 #: In the run's folder; each start replaces it.
 RECORD = Path("launch", "resolved.json")
@@ -56,17 +57,11 @@ class RecordCallback(TrainerCallback):
             "nodes": nodes,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "resumes_from": self._checkpoint,
-            "lift": dataclasses.asdict(self._config) | _optimizer(args) if self._config else None,
+            "lift": dataclasses.asdict(self._config) | adam_settings(args) if self._config else None,
             "deepspeed": args.hf_deepspeed_config.config if args.deepspeed else None,
             "versions": {"python": platform.python_version(), **package_versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
-
-
-def _optimizer(args: TrainingArguments) -> dict[str, Any]:
-    """What the Trainer's flags have made of the block's settings of AdamW."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
 
 
 def package_versions() -> dict[str, str]:

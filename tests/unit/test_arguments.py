@@ -6,14 +6,19 @@ that a flag that cannot be applied is refused or warned of.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lift_ds import LiftConfig
-from lift_ds.training import arguments
+from lift_ds.training import arguments, settings
+
+SOURCES = ("--model_name_or_path", "model", "--train_file", "rows.json")
 
 FILE = {
+    "lift": {},
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 4,
     "train_batch_size": "auto",
@@ -21,12 +26,10 @@ FILE = {
 }
 
 
-def settled(tmp_path: Path, *flags: str, **changes: object) -> arguments.Values:
+def settled(tmp_path: Path, *flags: str, **changes: object) -> Mapping[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({**FILE, **changes}))
-    values, given = arguments.make_parser().read(["--deepspeed", str(path), *flags])
-    arguments.settle_by_file(values, given)
-    return values
+    return settings.read_settings(["--deepspeed", str(path), *SOURCES, *flags]).trainer
 
 
 def test_a_file_says_what_the_command_line_does_not(tmp_path: Path) -> None:
@@ -35,7 +38,7 @@ def test_a_file_says_what_the_command_line_does_not(tmp_path: Path) -> None:
     assert values["gradient_accumulation_steps"] == 4
     assert values["gradient_checkpointing"] is False
     assert values["max_length"] == 256
-    seen = arguments.deepspeed_settings(values)
+    seen = values["deepspeed"]
     assert seen is not None
     assert "train_defaults" not in seen
 
@@ -69,9 +72,7 @@ def test_what_the_file_cannot_say(changes: dict[str, object], message: str, tmp_
 
 
 def built(*flags: str) -> arguments.TrainArguments:
-    values, _ = arguments.make_parser().read(flags)
-    arguments.settle_optimizer(values, arguments.lift_config(values))
-    return arguments.build(arguments.TrainArguments, values)
+    return arguments.TrainArguments(**settings.read_settings([*SOURCES, *flags]).trainer)
 
 
 @pytest.mark.parametrize(("given", "length"), [("none", None), ("None", None), ("null", None), ("256", 256)])
@@ -122,7 +123,7 @@ def test_a_negative_number_of_rows_to_evaluate_is_refused() -> None:
 def lift_settings(tmp_path: Path, block: dict[str, object], *flags: str) -> LiftConfig:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"lift": block}))
-    return arguments.lift_config(arguments.make_parser().read(["--deepspeed", str(path), *flags])[0])
+    return settings.read_settings(["--deepspeed", str(path), *SOURCES, *flags]).lift
 
 
 def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Path) -> None:
@@ -133,13 +134,13 @@ def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Pat
         (lift_settings(tmp_path, {}, "--budget_rank", "8"), (8, None)),
         (lift_settings(tmp_path, {"density": 0.1}, "--budget_rank", "8"), (8, None)),
         (lift_settings(tmp_path, {"budget_rank": 8}, "--density", "0.2"), (None, 0.2)),
-        (arguments.lift_config(arguments.make_parser().read([])[0]), (None, 0.05)),
+        (settings.read_settings(SOURCES).lift, (None, 0.05)),
     ]
     assert [(config.budget_rank, config.density) for config, _ in said] == [budget for _, budget in said]
 
 
 def check(*flags: str) -> None:
-    arguments.check_method(*arguments.make_parser().read(flags))
+    settings.check_method(*arguments.make_parser().read(flags))
 
 
 @pytest.mark.parametrize(
