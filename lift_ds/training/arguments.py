@@ -184,8 +184,8 @@ class Parser(HfArgumentParser):
         if everything:
             rest = [action for action in self._actions if not any(action in group for group in shown.values())]
             own = {*LIFT_FLAGS, *ScriptArguments.__annotations__, *TrainArguments.__annotations__}
-            shown["more of this trainer"] = [flag for flag in rest if flag.dest in own]
-            shown["of transformers' Trainer and TRL's SFTTrainer"] = [flag for flag in rest if flag.dest not in own]
+            shown["more flags of this trainer"] = [flag for flag in rest if flag.dest in own]
+            shown["flags of transformers' Trainer and TRL's SFTTrainer"] = [flag for flag in rest if flag.dest not in own]
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         formatter.add_usage(self.usage, self._actions, [])

@@ -6,6 +6,7 @@ that a flag that cannot be applied is refused or warned of.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,46 @@ def test_a_flag_of_another_method_is_warned_of(flags: tuple[str, ...], idle: set
     check(*flags)
     method = dict(zip(flags[::2], flags[1::2], strict=True)).get("--method", "lift")
     assert lift_log == [f"WARNING --{flag} is not applied: --method is {method}" for flag in sorted(idle)]
+
+
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """Return the flags that a help text shows."""
+    with pytest.raises(SystemExit):
+        arguments.make_parser().read(["--help", *words])
+    return re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_help_shows_what_most_runs_need_and_all_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    few, every = helped(capsys), helped(capsys, "all")
+    assert set(few) < set(every)
+    assert len(few) < 30 < len(every)
+    spelt = {option for action in arguments.make_parser()._actions for option in action.option_strings[:1]}
+    assert sorted(every) == sorted({"--help", *spelt} - {"-h"}), "each flag once"
+
+
+def test_every_flag_of_lift_sets_the_setting_of_its_name() -> None:
+    wanted = {
+        "budget_rank": 8, "density": None, "lra_rank": 4, "refresh_interval": 9, "refresh_parts": 3, "solver": "gram",
+        "selection_tolerance": 0.1, "block_shape": (2, 4), "target_modules": ("q_proj", "v_proj"),
+        "exclude_modules": ("head",), "extra_trainable": ("bias", "norm"), "index_placement": "replicated",
+        "refresh_memory_gib": 1.5, "stall_timeout": 60.0,
+    }  # fmt: skip
+    flags: list[str] = []
+    for name, value in wanted.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert set(wanted) == set(arguments.LIFT_FLAGS)
+    assert settings.read_settings([*SOURCES, *flags]).lift == LiftConfig(**wanted)
+    preset = settings.read_settings([*SOURCES, "--target_modules", "LIFT_MLP"]).lift
+    assert preset.target_modules == "LIFT_MLP"
+
+
+def test_the_generated_run_takes_what_command_line_and_file_leave_open(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(FILE))
+    read = settings.read_settings(["--deepspeed", str(path), "--max_steps", "3"])
+    assert read.is_demo
+    assert read.trainer["max_steps"] == 3
+    assert read.trainer["per_device_train_batch_size"] == FILE["train_micro_batch_size_per_gpu"]
+    assert read.trainer["logging_steps"] == 10
+    assert read.lift.budget_rank == 16
