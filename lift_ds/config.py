@@ -39,26 +39,21 @@ INDEX_PLACEMENTS = ("sharded", "replicated")
 Check = Callable[[str, Any], Any]
 
 
-def _whole(at_least: int) -> Check:
-    def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least {at_least}")
-        return value
-
-    return check
-
-
-def _number(is_valid: Callable[[float], bool], valid: str) -> Check:
+def _is(valid: Callable[[Any], bool], what: str, kinds: tuple[type, ...] = (int, float)) -> Check:
     def check(name: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
-            raise ValueError(f"{name}={value!r} is not {valid}")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not valid(value):
+            raise ValueError(f"{name}={value!r} is not {what}")
         return value
 
     return check
+
+
+def _whole(at_least: int) -> Check:
+    return _is(lambda value: value >= at_least, f"a whole number of at least {at_least}", (int,))
 
 
 def _number_from_0(below: float) -> Check:
-    return _number(lambda value: 0 <= value < below, f"a number of at least 0 and below {below:g}")
+    return _is(lambda value: 0 <= value < below, f"a number of at least 0 and below {below:g}")
 
 
 def _or_none(check: Check) -> Check:
@@ -141,7 +136,7 @@ class LiftConfig:
     )
     density: float | None = _setting(
         None,
-        _or_none(_number(lambda value: 0 < value <= 1, "a share in (0, 1]; 0.05 trains 5% of each matrix")),
+        _or_none(_is(lambda value: 0 < value <= 1, "a share in (0, 1]; 0.05 trains 5% of each matrix")),
         "Share of each matrix to train, in (0, 1]",
     )
     lra_rank: int = _setting(
@@ -150,12 +145,7 @@ class LiftConfig:
         "Rank of the approximation whose largest entries are trained",
         "Where it is not below min(m, n), the entries of the matrix itself are ranked.",
     )
-    refresh_interval: int = _setting(
-        200,
-        _whole(1),
-        "Optimizer steps between two selections in one matrix",
-        "Steps that were skipped are not counted.",
-    )
+    refresh_interval: int = _setting(200, _whole(1), "Applied optimizer steps between two selections in one matrix")
     refresh_parts: int = _setting(
         1,
         _whole(1),
@@ -173,7 +163,7 @@ class LiftConfig:
     )
     selection_tolerance: float = _setting(
         SELECTION_TOLERANCE,
-        _number(lambda value: 0 < value < 1, "a share in (0, 1); 0.005 lets half a percent of a selection differ"),
+        _is(lambda value: 0 < value < 1, "a share in (0, 1); 0.005 lets half a percent of a selection differ"),
         "Share of a selection in which chebyshev may differ from the exact one",
         "The share is its own estimate.",
     )
@@ -213,17 +203,14 @@ class LiftConfig:
     )
     refresh_memory_gib: float | None = _setting(
         None,
-        _or_none(_number(lambda value: value > 0, "a number above 0")),
+        _or_none(_is(lambda value: value > 0, "a number above 0")),
         "Most GiB that a refresh may take on a rank, beside what training holds (default: any)",
         "A bound that cannot be kept is refused at the start, with one that can. The device's allocator may reserve "
         "more than is in use.",
     )
     lr: float = _setting(2e-4, _number_from_0(math.inf), "Learning rate of AdamW", flag=False)
     betas: tuple[float, float] = _setting(
-        (0.9, 0.95),
-        _pair(float, _number_from_0(1.0), "numbers in [0, 1)"),
-        "Decay rates of AdamW's two moments",
-        flag=False,
+        (0.9, 0.95), _pair(float, _number_from_0(1.0), "numbers in [0, 1)"), "Decay rates of both moments", flag=False
     )
     eps: float = _setting(1e-8, _number_from_0(math.inf), "Term added to AdamW's denominator", flag=False)
     weight_decay: float = _setting(
@@ -231,7 +218,7 @@ class LiftConfig:
     )
     stall_timeout: float | None = _setting(
         1800.0,
-        _or_none(_number(lambda value: 0 < value < math.inf, "a number of seconds above 0, or null for any time")),
+        _or_none(_is(lambda value: 0 < value < math.inf, "a number of seconds above 0, or null for any time")),
         "Seconds without progress after which a rank takes another one for lost, and ends",
         "It limits each forward, backward, step, part of a refresh, save and load of several ranks. `null`: no limit.",
     )

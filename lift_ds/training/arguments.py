@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -59,7 +59,6 @@ _IN_SHORT = {
 }
 
 Values = dict[str, Any]
-Arguments = TypeVar("Arguments")
 
 
 def _flag(text: str, default: Any = None, **metadata: Any) -> Any:
@@ -151,7 +150,7 @@ class _Lines(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
-        shown.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+        shown.option_strings = action.option_strings[:1]
         return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -184,8 +183,8 @@ class Parser(HfArgumentParser):
         if everything:
             rest = [action for action in self._actions if not any(action in group for group in shown.values())]
             own = {*LIFT_FLAGS, *ScriptArguments.__annotations__, *TrainArguments.__annotations__}
-            shown["more flags of this trainer"] = [flag for flag in rest if flag.dest in own]
-            shown["flags of transformers' Trainer and TRL's SFTTrainer"] = [flag for flag in rest if flag.dest not in own]
+            shown["more flags of this trainer"] = [action for action in rest if action.dest in own]
+            shown["flags of the Trainer and of TRL"] = [action for action in rest if action.dest not in own]
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         formatter.add_usage(self.usage, self._actions, [])
@@ -230,15 +229,15 @@ def make_parser() -> Parser:
         add_help=False,
     )
     _add_lift_flags(parser)
-    for action in parser._actions:
+    for action in (action for action in parser._actions if action.nargs != 0):  # not --no_packing and its like
         action.help = _IN_SHORT.get(action.dest, action.help)
         action.metavar = None if action.choices else {int: "N", float: "X"}.get(action.type, "TEXT")
         if action.type is string_to_bool:  # a switch that may be None would otherwise not stand alone, as in `--bf16`
             action.nargs, action.const, action.metavar = "?", True, "true|false"
         elif action.dest == "max_length":
             action.type, action.metavar = _length, "N"
-    more = "this text; all: every flag"
-    parser.add_argument("-h", "--help", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help=more)
+    text = "This text; all: every flag"
+    parser.add_argument("--help", "-h", action=_Help, nargs="?", choices=["all"], default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -269,19 +268,6 @@ def _length(text: str) -> int | None:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number, nor none for no limit") from None
-
-
-def build(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments:
-    """Build one of the argument classes from the flags that are its own.
-
-    Args:
-        kind: a dataclass.
-        values: all flags.
-
-    Returns:
-        The checked arguments.
-    """
-    return kind(**own_flags(kind, values))
 
 
 def own_flags(kind: type, values: Mapping[str, Any]) -> Values:

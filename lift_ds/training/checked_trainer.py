@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -101,9 +101,7 @@ class _NothingLeft(Exception):  # no error: the only way out of the Trainer befo
 
 
 class _StopBeforeStep(TrainerCallback):
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.global_step >= state.max_steps:
             raise _NothingLeft
 

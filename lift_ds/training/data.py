@@ -14,7 +14,7 @@ The frame lives here alone, so that training, evaluation and generation cannot d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,9 @@ def normalise_row(row: Mapping[str, Any], where: str) -> Row:
         return _from_instruction(row, where)
     if {"prompt", "completion"} <= keys:
         return _from_prompt(row, where)
-    if "messages" in keys:
-        return _from_chat(row["messages"], "messages", _message, where)
-    if "conversations" in keys:
-        return _from_chat(row["conversations"], "conversations", _sharegpt_message, where)
+    for field in ("messages", "conversations"):
+        if field in keys:
+            return _from_chat(row[field], field, where)
     if TEXT_FIELD in keys:
         return _from_text(row[TEXT_FIELD], where)
     found = ", ".join(sorted(map(str, keys))) or "none"
@@ -135,10 +134,10 @@ def _from_text(value: Any, where: str) -> Row:
     return {TEXT_FIELD: text}
 
 
-def _from_chat(messages: Any, field: str, read: Callable[[Any, str, str], dict[str, str]], where: str) -> Row:
+def _from_chat(messages: Any, field: str, where: str) -> Row:
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError(f"{where}: {field!r} must be a list of at least two messages, a question and its answer")
-    turns = [read(turn, field, where) for turn in messages]
+    turns = [_message(turn, field, where) for turn in messages]
     last = turns[-1]
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s")
@@ -147,21 +146,16 @@ def _from_chat(messages: Any, field: str, read: Callable[[Any, str, str], dict[s
 
 
 def _message(turn: Any, field: str, where: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-        raise ValueError(f"{where}: each entry of {field!r} must be an object with 'role' and 'content'")
-    return {
-        "role": _text(turn["role"], f"{field} role", where),
-        "content": _text(turn["content"], f"{field} content", where),
-    }
-
-
-def _sharegpt_message(turn: Any, field: str, where: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise ValueError(f"{where}: each entry of {field!r} must be an object with 'from' and 'value'")
-    speaker = _text(turn["from"], f"{field} from", where)
-    if speaker not in _SPEAKERS:
-        raise ValueError(f"{where}: {field!r} has a turn from {speaker!r}; known are {', '.join(_SPEAKERS)}")
-    return {"role": _SPEAKERS[speaker], "content": _text(turn["value"], f"{field} value", where)}
+    is_sharegpt = field == "conversations"
+    speaker, said = ("from", "value") if is_sharegpt else ("role", "content")
+    if not isinstance(turn, Mapping) or not {speaker, said} <= set(turn):
+        raise ValueError(f"{where}: each entry of {field!r} must be an object with {speaker!r} and {said!r}")
+    role = _text(turn[speaker], f"{field} {speaker}", where)
+    if is_sharegpt:
+        if role not in _SPEAKERS:
+            raise ValueError(f"{where}: {field!r} has a turn from {role!r}; known are {', '.join(_SPEAKERS)}")
+        role = _SPEAKERS[role]
+    return {"role": role, "content": _text(turn[said], f"{field} {said}", where)}
 
 
 def _text(value: Any, field: str, where: str) -> str:

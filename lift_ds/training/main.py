@@ -27,16 +27,7 @@ from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger, is_main_rank
 from lift_ds.trainer import layout_of
-from lift_ds.training import (
-    endings,
-    launcher,
-    loading,
-    model_card,
-    record,
-    rendezvous,
-    reporting,
-    saving,
-)
+from lift_ds.training import endings, launcher, loading, model_card, record, rendezvous, reporting, saving
 from lift_ds.training.arguments import TrainArguments, adam_settings
 from lift_ds.training.checked_trainer import CheckedTrainer, train_what_is_left
 from lift_ds.training.demo import run as demo
@@ -123,7 +114,7 @@ def set_up(argv: Sequence[str] | None) -> Job:
     if settings.is_demo:
         demo.prepare()
     args = join_ranks(settings)
-    checkpoint = find_checkpoint(settings, args)
+    checkpoint = loading.find_checkpoint(args, committed=settings.method == "lift")
     tokenizer = loading.load_tokenizer(settings.script, args)
     rows, evaluation = load_rows(settings, args, tokenizer)
     args.eval_on_start = evaluation is not None
@@ -159,14 +150,6 @@ def join_ranks(settings: Settings) -> TrainArguments:
     watchdog.start(settings.lift.stall_timeout)
     rendezvous.check_same_folder(str(args.output_dir))
     return args
-
-
-def find_checkpoint(settings: Settings, args: TrainArguments) -> str | None:
-    """Find the checkpoint to resume from, and have DeepSpeed load it in the form it was saved in."""
-    checkpoint = loading.find_checkpoint(args, committed=settings.method == "lift")
-    if checkpoint is not None and settings.method == "lift":
-        loading.load_as_saved(args, checkpoint)
-    return checkpoint
 
 
 def load_rows(

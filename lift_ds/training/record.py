@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lift_ds import LiftConfig
 from lift_ds.runtime.logs import is_main_rank
@@ -39,9 +39,7 @@ class RecordCallback(TrainerCallback):
         self._config = config
         self._checkpoint = checkpoint
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         hosts = from_all(socket.gethostname())
         if is_main_rank():
             write(Path(str(args.output_dir)) / RECORD, self._settled(args, hosts))

@@ -27,7 +27,6 @@ from lift_ds.training.arguments import (
     ScriptArguments,
     TrainArguments,
     Values,
-    build,
     make_parser,
     own_flags,
 )
@@ -96,36 +95,25 @@ def read_settings(argv: Sequence[str] | None = None) -> Settings:
     """
     values, given = make_parser().read(argv)
     path = values["deepspeed"]
-    content = read_ds_config(path) if path else {}
-    of_file = _flags_of_file(path, content, values, given)
-    values |= of_file
+    file = read_ds_config(path) if path else None
+    if file is not None:
+        said = _flags_of_file(path, file, values, given)
+        values, given = values | said, given | said.keys()
     check_method(values, given)
     is_demo = check_sources(values)
     if is_demo:
-        logger.info("%s", demo.settle(values, given | of_file.keys()))
-    lift = _lift_config(values, content if path else None)
-    _settle_adam(values, lift)
-    if lift.stall_timeout is not None and "ddp_timeout" not in given | of_file.keys():
-        values["ddp_timeout"] = math.ceil(lift.stall_timeout) + _LATER
+        logger.info("%s", demo.settle(values, given))
+    lift = _lift_config(values, file)
+    trainer = own_flags(TrainArguments, values | _limit_of_collectives(lift, given) | _adam_of(lift, values))
     # Accelerate fills in every "auto" it finds, at any depth, and refuses those it does not know, such as a solver's.
     own_blocks = (LIFT_BLOCK, TRAIN_DEFAULTS_BLOCK)
-    values["deepspeed"] = {name: value for name, value in content.items() if name not in own_blocks} if path else None
-    return Settings(build(ScriptArguments, values), lift, own_flags(TrainArguments, values), is_demo)
+    trainer["deepspeed"] = file and {name: value for name, value in file.items() if name not in own_blocks}
+    return Settings(ScriptArguments(**own_flags(ScriptArguments, values)), lift, trainer, is_demo)
 
 
-def _flags_of_file(path: str, content: Mapping[str, Any], values: Values, given: Collection[str]) -> Values:
-    """Return the flags that a DeepSpeed file sets: micro-batch, accumulation, and those of its "train_defaults" block.
-
-    Args:
-        path: of the file.
-        content: of the file.
-        values: all flags.
-        given: those of the command line, which the file does not change.
-
-    Raises:
-        ValueError: a number of the file is none or contradicts a flag, or the block has what is no flag.
-    """
-    defaults = content.get(TRAIN_DEFAULTS_BLOCK, {})
+def _flags_of_file(path: str, file: Mapping[str, Any], values: Values, given: Collection[str]) -> Values:
+    """Return what a DeepSpeed file says of flags that were not given: batch sizes, and its "train_defaults" block."""
+    defaults = file.get(TRAIN_DEFAULTS_BLOCK, {})
     if not isinstance(defaults, Mapping):
         raise ValueError(f'{path}: the "{TRAIN_DEFAULTS_BLOCK}" block is {defaults!r}; it must be an object of flags')
     for flag in defaults:
@@ -134,18 +122,15 @@ def _flags_of_file(path: str, content: Mapping[str, Any], values: Values, given:
             raise ValueError(
                 f'{path}: {flag!r} in the "{TRAIN_DEFAULTS_BLOCK}" block is no flag of launch/train.py{hint}'
             )
-    numbers = {}
+    numbers = {flag: file[key] for key, flag in _BATCH_KEYS.items() if file.get(key, "auto") != "auto"}
     for key, flag in _BATCH_KEYS.items():
-        number = content.get(key, "auto")
-        if number == "auto":
-            continue
+        number = numbers.get(flag, 1)
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError(f'{path}: {key}={number!r} is no whole number of at least 1, nor "auto"')
-        if flag in given and values[flag] != number:
+        if flag in numbers and flag in given and values[flag] != number:
             raise ValueError(
                 f'--{flag} {values[flag]} contradicts {key}={number} of {path}; leave the flag out, or put "auto" there'
             )
-        numbers[flag] = number
     return {flag: value for flag, value in {**numbers, **defaults}.items() if flag not in given}
 
 
@@ -195,45 +180,36 @@ def check_sources(values: Mapping[str, Any]) -> bool:
     return not data
 
 
-def _lift_config(values: Mapping[str, Any], content: Mapping[str, Any] | None) -> LiftConfig:
-    """Return LIFT's settings: the "lift" block of the DeepSpeed file, and the flags, which override it.
-
-    Args:
-        values: all flags, None where not given.
-        content: of the DeepSpeed file; None without one.
-
-    Returns:
-        The settings; the defaults for what neither says, and the usual density where they give no budget.
-
-    Raises:
-        ValueError: the file brings an optimizer or has an option that LIFT does not support, or a setting is invalid.
-    """
-    if content is not None and values["method"] == "lift":
-        refuse_optimizer_block(content)
-        refuse_options(content)
-        if LIFT_BLOCK not in content:
-            LiftConfig.from_ds_config(content)  # says what to add
-    block = LiftConfig.checked_block((content or {}).get(LIFT_BLOCK, {}))
-    overrides = {name: values[name] for name in LIFT_FLAGS if values[name] is not None}
-    match overrides.get("target_modules"):
+def _lift_config(values: Mapping[str, Any], file: Mapping[str, Any] | None) -> LiftConfig:
+    """Return LIFT's settings: those of flags, then of the file's "lift" block, then the defaults and usual density."""
+    if file is not None and values["method"] == "lift":
+        refuse_optimizer_block(file)
+        refuse_options(file)
+        if LIFT_BLOCK not in file:
+            LiftConfig.from_ds_config(file)  # says what to add
+    block = LiftConfig.checked_block((file or {}).get(LIFT_BLOCK, {}))
+    flags = {name: values[name] for name in LIFT_FLAGS if values[name] is not None}
+    match flags.get("target_modules"):
         case [name] if name in TARGET_PRESETS:
-            overrides["target_modules"] = name
+            flags["target_modules"] = name
     budgets = {"budget_rank", "density"}
     if not budgets & block.keys():
         block["density"] = USUAL_DENSITY
     LiftConfig(**block)  # a file that contradicts itself is refused, whatever the flags say
-    if budgets & overrides.keys():
+    if budgets & flags.keys():
         block = {name: value for name, value in block.items() if name not in budgets}
-    return LiftConfig(**{**block, **overrides})
+    return LiftConfig(**{**block, **flags})
 
 
-def _settle_adam(values: Values, config: LiftConfig) -> None:
-    """Fill in Adam's settings that no flag gave; the same ones for every method, so that they compare."""
-    of_block = {
-        "learning_rate": config.lr,
-        "adam_beta1": config.betas[0],
-        "adam_beta2": config.betas[1],
-        "adam_epsilon": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    values |= {name: value for name, value in of_block.items() if values[name] is None}
+def _adam_of(lift: LiftConfig, values: Values) -> Values:
+    """Return Adam's settings that no flag gave; the same ones for every method, so that methods compare."""
+    settled = {"learning_rate": lift.lr, "adam_epsilon": lift.eps, "weight_decay": lift.weight_decay}
+    settled |= {"adam_beta1": lift.betas[0], "adam_beta2": lift.betas[1]}
+    return {name: value for name, value in settled.items() if values[name] is None}
+
+
+def _limit_of_collectives(lift: LiftConfig, given: Collection[str]) -> Values:
+    # For those that nothing watches, such as of TRL's metrics.
+    if lift.stall_timeout is None or "ddp_timeout" in given:
+        return {}
+    return {"ddp_timeout": math.ceil(lift.stall_timeout) + _LATER}
