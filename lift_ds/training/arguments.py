@@ -25,7 +25,7 @@ logger = get_logger()
 
 METHODS = ("lift", "full", "lora")
 
-#: Settings of LIFT that are flags; each overrides the setting of that name in the "lift" block.
+#: Settings of LIFT that are flags. A flag overrides the setting of its name in the "lift" block.
 LIFT_FLAGS = tuple(setting.name for setting in dataclasses.fields(LiftConfig) if setting.metadata["flag"])
 
 #: What `--help` shows: title -> flags. `--help all` shows the rest too.
@@ -94,7 +94,7 @@ class ScriptArguments:
 class TrainArguments(SFTConfig):
     """SFTConfig with the paper's schedule, and the precision that the device calls for.
 
-    To build one begins torch.distributed, and tells transformers of the DeepSpeed configuration.
+    Building one starts torch.distributed, and hands the DeepSpeed configuration to transformers.
     """
 
     output_dir: str | None = _flag("Where checkpoints and the trained model go", "lift_output")
@@ -128,7 +128,7 @@ class TrainArguments(SFTConfig):
 
     def _check_rows(self) -> None:
         length = self.max_length
-        # A token is learned from those before it, so that one alone teaches nothing.
+        # A token is predicted from those before it, so a row of one token teaches nothing.
         if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 2):
             raise ValueError(f"--max_length {length!r} is no whole number of at least 2, nor none for no limit")
         if length is None and (self.packing or self.eval_packing):
@@ -143,7 +143,7 @@ class TrainArguments(SFTConfig):
 
 
 class _Lines(argparse.ArgumentDefaultsHelpFormatter):
-    """A flag by its first spelling alone, and no `(default: None)`."""
+    """Shows a flag in one of its spellings, and no `(default: None)`."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
@@ -166,7 +166,7 @@ class _Help(argparse.Action):
 
 
 class Parser(HfArgumentParser):
-    """Refuses in one line, on rank 0 alone, and without a usage text of hundreds of flags."""
+    """The parser of all flags. Rank 0 alone says what is wrong, in one line."""
 
     def error(self, message: str) -> NoReturn:
         if is_main_rank():
@@ -215,7 +215,7 @@ class Parser(HfArgumentParser):
 
 
 def make_parser() -> Parser:
-    """Return the parser of all flags; an abbreviation could hide a misspelt one, so there are none."""
+    """Return the parser of all flags. Flags cannot be abbreviated: a misspelt one could pass for another."""
     parser = Parser(
         (ScriptArguments, TrainArguments),
         prog="lift-ds train",
@@ -232,7 +232,7 @@ def make_parser() -> Parser:
     for action in (action for action in parser._actions if action.nargs != 0):  # not --no_packing and its like
         action.help = _IN_SHORT.get(action.dest, action.help)
         action.metavar = None if action.choices else {int: "N", float: "X"}.get(action.type, "TEXT")
-        if action.type is string_to_bool:  # a switch that may be None would otherwise not stand alone, as in `--bf16`
+        if action.type is string_to_bool:  # also where the default is None, so that `--bf16` alone means true
             action.nargs, action.const, action.metavar = "?", True, "true|false"
         elif action.dest == "max_length":
             action.type, action.metavar = _length, "N"
@@ -252,7 +252,7 @@ def _add_lift_flags(parser: Parser) -> None:
 
 
 def _of_type(hint: Any) -> dict[str, Any]:
-    """Return what argparse calls a type such as `int | None` or `tuple[str, ...]`; of several, a tuple is taken."""
+    """Return argparse's `type` and `nargs` for a type hint such as `int | None` or `tuple[str, ...]`."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         if typing.get_origin(kind) is tuple:

@@ -1,6 +1,7 @@
-"""The Trainer of the shipped job: TRL's, with saves that fail on all ranks together and in one line.
+"""TRL's trainer, as the shipped job uses it.
 
-It says which rows are longer than --max_length, and takes no step more when it resumes at the end of a training.
+When a save fails, it fails on all ranks together and in one line. Rows longer than --max_length are reported. A run
+that resumes at the end of its training takes no further step.
 """
 
 from __future__ import annotations

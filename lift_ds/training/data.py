@@ -39,15 +39,10 @@ _SPEAKERS = {
 }
 
 _FRAME = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_FRAME_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+_WITH_INPUT = ", paired with an input that provides further context"
 
 Row = dict[str, Any]
 
@@ -62,10 +57,8 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
     Returns:
         The prompt, ending where the response begins.
     """
-    instruction, input = instruction.strip(), input.strip()
-    if input:
-        return _FRAME_WITH_INPUT.format(instruction=instruction, input=input)
-    return _FRAME.format(instruction=instruction)
+    with_input, framed = (_WITH_INPUT, f"### Input:\n{input.strip()}\n\n") if input.strip() else ("", "")
+    return _FRAME.format(with_input=with_input, instruction=instruction.strip(), input=framed)
 
 
 def normalise_row(row: Mapping[str, Any], where: str) -> Row:

@@ -249,7 +249,7 @@ def save(job: Job) -> int:
 
 
 def conclude(job: Job, losses: str, tensors: int) -> None:
-    """Say what came out, in the log and in the model's card; for rank 0."""
+    """Report the result in the log and in the model's card; for rank 0."""
     if losses:
         print(losses)
     job.about.write_card(job.folder, losses)

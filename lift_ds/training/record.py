@@ -1,4 +1,4 @@
-"""What a run was started with, as it was settled: `launch/resolved.json` in the run's folder."""
+"""The record of a run: the settings and versions it was started with, in `launch/resolved.json` of its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells: its speed while it trains, and what it learned at the end."""
+"""What a run prints: its speed while it trains, and its held-out losses at the end."""
 
 from __future__ import annotations
 
