@@ -3,7 +3,7 @@
     lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
     lift-ds train --model_name_or_path MODEL --train_file rows.json --output_dir tuned
 
-A command's libraries are imported when it is run.
+The libraries of a command are imported when it is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: of the command line; those of the process where None.
 
     Returns:
-        The exit code: 0, 2 for what cannot be used.
+        The exit code: 0, or 2 where an argument cannot be used.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _COMMANDS:

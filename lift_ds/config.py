@@ -7,9 +7,9 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 LIFT_BLOCK = "lift"
 
@@ -35,100 +35,203 @@ USUAL_DENSITY = 0.05
 INDEX_PLACEMENTS = ("sharded", "replicated")
 
 
-@dataclass(frozen=True)
-class LiftConfig:
-    """The settings of one LIFT run; one of `budget_rank` and `density` is given.
+#: Takes the name of a setting and its value; returns the value in its normal form, or raises ValueError.
+Check = Callable[[str, Any], Any]
+
+
+def _is(valid: Callable[[Any], bool], what: str, kinds: tuple[type, ...] = (int, float)) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not valid(value):
+            raise ValueError(f"{name}={value!r} is not {what}")
+        return value
+
+    return check
+
+
+def _whole(at_least: int) -> Check:
+    return _is(lambda value: value >= at_least, f"a whole number of at least {at_least}", (int,))
+
+
+def _number_from_0(below: float) -> Check:
+    return _is(lambda value: 0 <= value < below, f"a number of at least 0 and below {below:g}")
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _choice(*choices: str) -> Check:
+    def check(name: str, value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
+        return value
+
+    return check
+
+
+def _pair(kind: type, check_each: Check, valid: str) -> Check:
+    def check(name: str, value: Any) -> tuple[Any, Any]:
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            raise ValueError(f"{name}={value!r} is not a pair of {valid}")
+        first, second = (kind(check_each(name, part)) for part in value)
+        return first, second
+
+    return check
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{name}={value!r} is not a list of names")
+    return tuple(value)
+
+
+def _preset_or_names(name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        if value not in TARGET_PRESETS:
+            raise ValueError(
+                f"{name}={value!r} is not a preset; give a list of module names, leave it out for all linear layers, "
+                f"or name one of {', '.join(TARGET_PRESETS)}{did_you_mean(value, TARGET_PRESETS)}"
+            )
+        return value
+    names = _names(name, value)
+    if not names:
+        raise ValueError(f"{name}=[] matches nothing; leave it out for all linear layers")
+    return names
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known name that is nearest to a wrong one, or nothing."""
+    match = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _setting(default: Any, check: Check, help: str, more: str = "", *, flag: bool = True) -> Any:
+    """Define one setting: this is the only place that says what it means.
 
     Args:
-        budget_rank: R; a matrix [m, n] trains min(R * (m + n), m * n) entries, as many as a LoRA of rank R.
-        density: share of each matrix to train, in (0, 1]; k = round(density * m * n), at least 1.
-        lra_rank: r, the rank of the approximation whose largest entries are selected. Where
-            r >= min(m, n) the approximation is the matrix itself.
-        refresh_interval: optimizer steps between two selections (T in Algorithm 1).
-        refresh_parts: steps over which the matrices of a refresh are spread; 1 selects in all of them after the same
-            step. Each matrix is refreshed every `refresh_interval` steps, the first time after at least as many.
-        solver: how the low-rank approximation is computed: "svd" (the definition), "gram" (exact for the selection),
-            "chebyshev" (up to `selection_tolerance`; faster for large matrices), "auto": the faster of these two.
-        selection_tolerance: share of k in which a selection by "chebyshev" may differ from the exact one, by its own
-            estimate, in (0, 1); where it cannot get there "gram" is used.
-        block_shape: (p, q), the shape of the blocks of entries that are selected together, by the sum of their
-            magnitudes; (1, 1) selects single entries. It has to divide every managed matrix.
-        seed: of what "chebyshev" draws.
-        target_modules: names of the linear layers to manage, matched against the last components of
-            their dotted names ("q_proj", "self_attn.q_proj"), or the name of a preset ("LIFT_MLP").
-            None manages every linear layer except the output head, a new head, and what was frozen before.
-        exclude_modules: names of modules in which nothing is managed, matched against any components of dotted names
-            ("vision_tower", "layers.0", "q_proj").
-        extra_trainable: names of parameters or modules trained densely beside, matched against the last components
-            of their dotted names ("bias", "norm.weight", "input_layernorm.weight", "score").
-        index_placement: in ZeRO stages 1 and 2 each rank holds 1/N of every index and backward gathers it ("sharded"),
-            or all of it ("replicated": 2 bytes an entry on every rank, no traffic).
-        refresh_memory_gib: GiB a refresh may take on a rank beside what training holds (the largest matrix's low-rank
-            factors, tiles of W', the weight it receives in ZeRO-3); None sets no bound. A device's allocator may
-            reserve more than is in use.
-        lr: learning rate, where no optimizer is given (Adam's other settings likewise).
-        betas: decay rates of Adam's moments; the paper's are (0.9, 0.95).
-        eps: term added to Adam's denominator.
-        weight_decay: decoupled weight decay of the principal values.
-        stall_timeout: seconds that a forward, a backward, a step, a part of a refresh, a save or a load may last on
-            several ranks before the rank takes another one for lost and ends; None for any time.
+        default: where it is not given.
+        check: what a value has to be.
+        help: one line, without a full stop; the trainer's `--help` shows it.
+        more: what the table of the documentation says after that line, as Markdown.
+        flag: whether the trainer has a flag of this name. False where the Trainer has a flag of its own.
+    """
+    return dataclasses.field(default=default, metadata={"check": check, "help": help, "more": more, "flag": flag})
+
+
+@dataclass(frozen=True)
+class LiftConfig:
+    """The settings of one LIFT run. Exactly one of `budget_rank` and `density` is given.
+
+    What each setting means stands beside it, in its `help` and `more`; docs/settings.md shows all of them as a table.
 
     Raises:
-        ValueError: for a setting that is out of range, naming it, its value and what would be valid.
+        ValueError: for a setting that is out of range. It names the setting, its value and what would be valid.
     """
 
-    budget_rank: int | None = None
-    density: float | None = None
-    lra_rank: int = 128
-    refresh_interval: int = 200
-    refresh_parts: int = 1
-    solver: str = "auto"
-    selection_tolerance: float = SELECTION_TOLERANCE
-    block_shape: tuple[int, int] = (1, 1)
-    seed: int = 0
-    target_modules: str | tuple[str, ...] | None = None
-    exclude_modules: tuple[str, ...] = ()
-    extra_trainable: tuple[str, ...] = ()
-    index_placement: str = "sharded"
-    refresh_memory_gib: float | None = None
-    lr: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    stall_timeout: float | None = 1800.0
+    budget_rank: int | None = _setting(
+        None,
+        _or_none(_whole(1)),
+        "Train as many entries of each matrix as a LoRA of this rank has",
+        "With R, these are min(R·(m+n), m·n) of a matrix [m, n]. Give this or `density`.",
+    )
+    density: float | None = _setting(
+        None,
+        _or_none(_is(lambda value: 0 < value <= 1, "a share in (0, 1]; 0.05 trains 5% of each matrix")),
+        "Share of each matrix to train, in (0, 1]",
+    )
+    lra_rank: int = _setting(
+        128,
+        _whole(1),
+        "Rank of the approximation whose largest entries are trained",
+        "Where it is not below min(m, n), the entries of the matrix itself are ranked.",
+    )
+    refresh_interval: int = _setting(200, _whole(1), "Applied optimizer steps between two selections in one matrix")
+    refresh_parts: int = _setting(
+        1,
+        _whole(1),
+        "Steps over which the matrices of one refresh are spread",
+        "With 1, all matrices are selected after the same step. With 50 of 200 steps, a fiftieth of them is selected "
+        "in every fourth step, so that no step waits for all.",
+    )
+    solver: str = _setting(
+        "auto",
+        _choice(*SOLVERS),
+        f"How the low-rank approximation is computed: {', '.join(SOLVERS)}",
+        '`"svd"` is the definition. `"gram"` solves a smaller eigenproblem and is exact for the selection. '
+        '`"chebyshev"` iterates until its selection is right up to `selection_tolerance`; where it does not get there, '
+        '`"gram"` takes over. `"auto"` takes the faster of these two for each matrix.',
+    )
+    selection_tolerance: float = _setting(
+        SELECTION_TOLERANCE,
+        _is(lambda value: 0 < value < 1, "a share in (0, 1); 0.005 lets half a percent of a selection differ"),
+        "Share of a selection in which chebyshev may differ from the exact one",
+        "The share is its own estimate.",
+    )
+    block_shape: tuple[int, int] = _setting(
+        (1, 1),
+        _pair(int, _whole(1), "whole numbers such as [4, 4]"),
+        "Rows and columns of the blocks of entries that are selected together",
+        "With `[4, 4]`, blocks of 4 x 4 entries are ranked by the sum of their magnitudes, and the index is 16 times "
+        "smaller. The shape has to divide every managed matrix.",
+    )
+    seed: int = _setting(0, _whole(0), "Seed of the random vectors that chebyshev starts from", flag=False)
+    target_modules: str | tuple[str, ...] | None = _setting(
+        None,
+        _or_none(_preset_or_names),
+        f"Linear layers to train, by name, or a preset: {', '.join(TARGET_PRESETS)} (default: all but the head)",
+        "A name is the end of a dotted name, such as `q_proj` or `self_attn.q_proj`. The preset takes the feed-forward "
+        "matrices gate, up and down.",
+    )
+    exclude_modules: tuple[str, ...] = _setting(
+        (),
+        _names,
+        "Modules in which nothing is trained, by any part of their dotted names",
+        'Everything below them is left out too. For example `["vision_tower"]` or `["layers.3"]`.',
+    )
+    extra_trainable: tuple[str, ...] = _setting(
+        (),
+        _names,
+        "Parameters or modules to train in full beside, by the end of their names",
+        'For example `["norm.weight", "bias"]`.',
+    )
+    index_placement: str = _setting(
+        "sharded",
+        _choice(*INDEX_PLACEMENTS),
+        f"Where the index lives in ZeRO 1 and 2: {' or '.join(INDEX_PLACEMENTS)}",
+        '`"sharded"`: each of N ranks holds 1/N of every index, and backward gathers it a layer ahead. '
+        '`"replicated"`: every rank holds all of it, at 2 bytes an entry, and nothing is sent.',
+    )
+    refresh_memory_gib: float | None = _setting(
+        None,
+        _or_none(_is(lambda value: value > 0, "a number above 0")),
+        "Most GiB that a refresh may take on a rank, beside what training holds (default: any)",
+        "A bound that cannot be kept is refused at the start, with one that can. The device's allocator may reserve "
+        "more than is in use.",
+    )
+    lr: float = _setting(2e-4, _number_from_0(math.inf), "Learning rate of AdamW", flag=False)
+    betas: tuple[float, float] = _setting(
+        (0.9, 0.95), _pair(float, _number_from_0(1.0), "numbers in [0, 1)"), "Decay rates of both moments", flag=False
+    )
+    eps: float = _setting(1e-8, _number_from_0(math.inf), "Term added to AdamW's denominator", flag=False)
+    weight_decay: float = _setting(
+        0.0, _number_from_0(math.inf), "Decoupled decay of the trained entries themselves", flag=False
+    )
+    stall_timeout: float | None = _setting(
+        1800.0,
+        _or_none(_is(lambda value: 0 < value < math.inf, "a number of seconds above 0, or null for any time")),
+        "Seconds without progress after which a rank takes another one for lost, and ends",
+        "It limits each forward, backward, step, part of a refresh, save and load of several ranks. `null`: no limit.",
+    )
 
     def __post_init__(self) -> None:
         self._check_budget()
-        _check_positive_int("lra_rank", self.lra_rank)
-        _check_positive_int("refresh_interval", self.refresh_interval)
-        _check_positive_int("refresh_parts", self.refresh_parts)
+        for field in dataclasses.fields(self):
+            # Frozen, so normal forms (tuples, where JSON has lists) are set past __setattr__.
+            object.__setattr__(self, field.name, field.metadata["check"](field.name, getattr(self, field.name)))
         if self.refresh_parts > self.refresh_interval:
             raise ValueError(
                 f"refresh_parts={self.refresh_parts} is more than the {self.refresh_interval} steps of refresh_interval"
             )
-        _check_choice("solver", self.solver, SOLVERS)
-        if not (_is_number(self.selection_tolerance) and 0 < self.selection_tolerance < 1):
-            raise ValueError(
-                f"selection_tolerance={self.selection_tolerance!r} is not a share in (0, 1); 0.005 lets half a "
-                "percent of a selection differ"
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} is not a whole number of at least 0")
-        _check_choice("index_placement", self.index_placement, INDEX_PLACEMENTS)
-        if self.refresh_memory_gib is not None and not (
-            _is_number(self.refresh_memory_gib) and self.refresh_memory_gib > 0
-        ):
-            raise ValueError(f"refresh_memory_gib={self.refresh_memory_gib!r} is not a number above 0")
-        # Frozen, so the normal forms (tuples, as JSON knows only lists) are set past __setattr__.
-        object.__setattr__(self, "target_modules", _target_modules(self.target_modules))
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
-        object.__setattr__(self, "extra_trainable", _names("extra_trainable", self.extra_trainable))
-        object.__setattr__(self, "betas", _betas(self.betas))
-        object.__setattr__(self, "block_shape", _block_shape(self.block_shape))
-        _check_number("lr", self.lr, 0.0, math.inf)
-        _check_number("eps", self.eps, 0.0, math.inf)
-        _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
-        _check_stall_timeout(self.stall_timeout)
 
     def _check_budget(self) -> None:
         if (self.budget_rank is None) == (self.density is None):
@@ -137,10 +240,6 @@ class LiftConfig:
                 f"{given} of budget_rank={self.budget_rank} and density={self.density} given; give exactly one: "
                 "budget_rank >= 1 (as many entries as a LoRA of that rank) or density in (0, 1]"
             )
-        if self.budget_rank is not None:
-            _check_positive_int("budget_rank", self.budget_rank)
-        if self.density is not None and not (_is_number(self.density) and 0 < self.density <= 1):
-            raise ValueError(f"density={self.density!r} is not a share in (0, 1]; 0.05 trains 5% of each matrix")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> LiftConfig:
@@ -169,7 +268,7 @@ class LiftConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in settings:
             if key not in known:
-                hint = _nearest(key, known) or f"; the settings are {', '.join(known)}"
+                hint = did_you_mean(key, known) or f"; the settings are {', '.join(known)}"
                 raise ValueError(f'unknown setting {key!r} in the "{LIFT_BLOCK}" block{hint}')
         return dict(settings)
 
@@ -252,70 +351,3 @@ def read_json_object(path: str) -> dict[str, Any]:
 
 def _source(ds_config: object) -> str:
     return os.fspath(ds_config) if isinstance(ds_config, (str, os.PathLike)) else "the DeepSpeed configuration"
-
-
-def _nearest(name: object, known: Sequence[str]) -> str:
-    match = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
-
-
-def _check_positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not (_is_number(value) and low <= value < high):
-        raise ValueError(f"{name}={value!r} is not a number of at least {low:g} and below {high:g}")
-
-
-def _check_stall_timeout(value: object) -> None:
-    if value is not None and not (_is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"stall_timeout={value!r} is not a number of seconds above 0, or null for any time")
-
-
-def _betas(value: object) -> tuple[float, float]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"betas={value!r} is not a pair of numbers in [0, 1)")
-    for beta in value:
-        _check_number("betas", beta, 0.0, 1.0)
-    return (float(value[0]), float(value[1]))
-
-
-def _block_shape(value: object) -> tuple[int, int]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
-        raise ValueError(f"block_shape={value!r} is not a pair of whole numbers such as [4, 4]")
-    for side in value:
-        _check_positive_int("block_shape", side)
-    return (value[0], value[1])
-
-
-def _names(setting: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
-        raise ValueError(f"{setting}={value!r} is not a list of names")
-    return tuple(value)
-
-
-def _target_modules(value: object) -> str | tuple[str, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, str):
-        if value not in TARGET_PRESETS:
-            raise ValueError(
-                f"target_modules={value!r} is not a preset; give a list of module names, leave it out for all "
-                f"linear layers, or name one of {', '.join(TARGET_PRESETS)}{_nearest(value, list(TARGET_PRESETS))}"
-            )
-        return value
-    names = _names("target_modules", value)
-    if not names:
-        raise ValueError("target_modules=[] matches nothing; leave it out for all linear layers")
-    return names

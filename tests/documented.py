@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -88,8 +89,23 @@ def _run_name(record: dict[str, Any]) -> str:
     return f"{ {'full': 'full', 'lora': 'LoRA', 'lift': 'LIFT'}[method] }, ZeRO-{record['stage']}{placement}"
 
 
+def settings() -> str:
+    """Every setting of LIFT with its default and its meaning, as `LiftConfig` has them."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for setting in dataclasses.fields(LiftConfig):
+        default = "" if setting.default is None else f"`{json.dumps(setting.default)}`"
+        meaning = f"{setting.metadata['help']}. {setting.metadata['more']}".strip()
+        lines.append(f"| `{setting.name}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
 #: Name of a table -> what makes it.
-TABLES: dict[str, Callable[[], str]] = {"footprint": footprint, "options": option_cases.table, "shares": shares}
+TABLES: dict[str, Callable[[], str]] = {
+    "footprint": footprint,
+    "options": option_cases.table,
+    "settings": settings,
+    "shares": shares,
+}
 
 
 def _output(command: str) -> str:
@@ -102,7 +118,7 @@ def _output(command: str) -> str:
 
 def pages() -> list[Path]:
     """Return the pages that show such output or tables."""
-    texts = {page: page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+    texts = {page: page.read_text() for page in (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md")))}
     return [page for page, text in texts.items() if _SHOWN.search(text) or _MADE.search(text)]
 
 

@@ -1,6 +1,7 @@
-"""The Trainer of the shipped job: TRL's, with saves that fail on all ranks together and in one line.
+"""TRL's trainer, as the shipped job uses it.
 
-It says which rows are longer than --max_length, and takes no step more when it resumes at the end of a training.
+When a save fails, it fails on all ranks together and in one line. Rows longer than --max_length are reported. A run
+that resumes at the end of its training takes no further step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
@@ -101,9 +102,7 @@ class _NothingLeft(Exception):  # no error: the only way out of the Trainer befo
 
 
 class _StopBeforeStep(TrainerCallback):
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         if state.global_step >= state.max_steps:
             raise _NothingLeft
 

@@ -14,7 +14,7 @@ The frame lives here alone, so that training, evaluation and generation cannot d
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,10 @@ _SPEAKERS = {
 }
 
 _FRAME = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
-_FRAME_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+_WITH_INPUT = ", paired with an input that provides further context"
 
 Row = dict[str, Any]
 
@@ -62,10 +57,8 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
     Returns:
         The prompt, ending where the response begins.
     """
-    instruction, input = instruction.strip(), input.strip()
-    if input:
-        return _FRAME_WITH_INPUT.format(instruction=instruction, input=input)
-    return _FRAME.format(instruction=instruction)
+    with_input, framed = (_WITH_INPUT, f"### Input:\n{input.strip()}\n\n") if input.strip() else ("", "")
+    return _FRAME.format(with_input=with_input, instruction=instruction.strip(), input=framed)
 
 
 def normalise_row(row: Mapping[str, Any], where: str) -> Row:
@@ -86,10 +79,9 @@ def normalise_row(row: Mapping[str, Any], where: str) -> Row:
         return _from_instruction(row, where)
     if {"prompt", "completion"} <= keys:
         return _from_prompt(row, where)
-    if "messages" in keys:
-        return _from_chat(row["messages"], "messages", _message, where)
-    if "conversations" in keys:
-        return _from_chat(row["conversations"], "conversations", _sharegpt_message, where)
+    for field in ("messages", "conversations"):
+        if field in keys:
+            return _from_chat(row[field], field, where)
     if TEXT_FIELD in keys:
         return _from_text(row[TEXT_FIELD], where)
     found = ", ".join(sorted(map(str, keys))) or "none"
@@ -135,10 +127,10 @@ def _from_text(value: Any, where: str) -> Row:
     return {TEXT_FIELD: text}
 
 
-def _from_chat(messages: Any, field: str, read: Callable[[Any, str, str], dict[str, str]], where: str) -> Row:
+def _from_chat(messages: Any, field: str, where: str) -> Row:
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError(f"{where}: {field!r} must be a list of at least two messages, a question and its answer")
-    turns = [read(turn, field, where) for turn in messages]
+    turns = [_message(turn, field, where) for turn in messages]
     last = turns[-1]
     if last["role"] != "assistant":
         raise ValueError(f"{where}: the last message must be the assistant's, not the {last['role']}'s")
@@ -147,21 +139,16 @@ def _from_chat(messages: Any, field: str, read: Callable[[Any, str, str], dict[s
 
 
 def _message(turn: Any, field: str, where: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping) or not {"role", "content"} <= set(turn):
-        raise ValueError(f"{where}: each entry of {field!r} must be an object with 'role' and 'content'")
-    return {
-        "role": _text(turn["role"], f"{field} role", where),
-        "content": _text(turn["content"], f"{field} content", where),
-    }
-
-
-def _sharegpt_message(turn: Any, field: str, where: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise ValueError(f"{where}: each entry of {field!r} must be an object with 'from' and 'value'")
-    speaker = _text(turn["from"], f"{field} from", where)
-    if speaker not in _SPEAKERS:
-        raise ValueError(f"{where}: {field!r} has a turn from {speaker!r}; known are {', '.join(_SPEAKERS)}")
-    return {"role": _SPEAKERS[speaker], "content": _text(turn["value"], f"{field} value", where)}
+    is_sharegpt = field == "conversations"
+    speaker, said = ("from", "value") if is_sharegpt else ("role", "content")
+    if not isinstance(turn, Mapping) or not {speaker, said} <= set(turn):
+        raise ValueError(f"{where}: each entry of {field!r} must be an object with {speaker!r} and {said!r}")
+    role = _text(turn[speaker], f"{field} {speaker}", where)
+    if is_sharegpt:
+        if role not in _SPEAKERS:
+            raise ValueError(f"{where}: {field!r} has a turn from {role!r}; known are {', '.join(_SPEAKERS)}")
+        role = _SPEAKERS[role]
+    return {"role": role, "content": _text(turn[said], f"{field} {said}", where)}
 
 
 def _text(value: Any, field: str, where: str) -> str:

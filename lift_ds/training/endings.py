@@ -29,7 +29,7 @@ def has_peers() -> bool:
 
 
 def report(error: Exception) -> int:
-    """Say what went wrong on this rank, in one line where it is that another rank is gone; give the exit code."""
+    """Say what went wrong on this rank, and return the exit code. A lost rank takes one line, all else a traceback."""
     if not watchdog.is_lost_rank(error):
         traceback.print_exception(error)
         return FAILED
@@ -44,26 +44,26 @@ def report(error: Exception) -> int:
 
 
 def end(code: int) -> NoReturn:
-    """End this process when its work is done, without what Python does last.
+    """Run the exit handlers and end this process, without taking Python's interpreter down.
 
-    Threads of gloo outlive the process group where DeepSpeed still refers to it, and taking the interpreter down under
-    them has aborted a finished run (exit code -6, once in some hundred launches).
+    Threads of gloo live on where DeepSpeed still refers to the process group. When the interpreter goes down under
+    them, a finished run can abort (exit code -6, seen once in some hundred launches).
     """
     atexit._run_exitfuncs()
     leave(code)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now: others may be waiting in a collective, or be gone, and an orderly end wait for them."""
+    """End this process at once. An orderly end could wait for ever for ranks that are gone."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
 def refuse(error: Exception, code: int = REFUSED) -> int:
-    """Say what is wrong, once; give the exit code.
+    """Say what is wrong, and return the exit code.
 
-    One that is still there after rank 0 had the first word met an error of its own, and says so.
+    Other ranks wait for rank 0 to say it, which ends them. One that is still there met an error of its own.
     """
     leave_first_word_to_rank_0()
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,6 +71,6 @@ def refuse(error: Exception, code: int = REFUSED) -> int:
 
 
 def leave_first_word_to_rank_0() -> None:
-    """Wait on the other ranks: the launcher ends all of them with the first that ends."""
+    """On any rank but 0: wait. The launcher ends all ranks when rank 0 has spoken and ended."""
     if not is_main_rank():
         time.sleep(_GRACE)

@@ -1,4 +1,4 @@
-"""What launch/train.py evaluates before its first step and after its last."""
+"""The held-out rows that the trainer evaluates before its first step and after its last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank owes to the program that started it: its number, and its end.
+"""How a rank learns its number from the program that started it, and how it ends together with that program.
 
     deepspeed (the command)  ->  [pdsh -> ssh -> sshd ->]  deepspeed.launcher.launch (one a node)  ->  the ranks
     torchrun (one a node)    ->  the ranks
@@ -30,9 +30,9 @@ _NODE_LAUNCHER, _COMMAND = "deepspeed.launcher.launch", ("deepspeed", "ds", "dee
 
 
 def count_local_ranks() -> None:
-    """Set LOCAL_SIZE, by which DeepSpeed counts the devices of a CPU machine; it looks when it is imported.
+    """Set LOCAL_SIZE, by which DeepSpeed counts the devices of a CPU machine. Call it before DeepSpeed is imported.
 
-    torchrun, mpirun and srun have names of their own for it.
+    torchrun, mpirun and srun have other names for it.
     """
     named = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
     found = (os.environ[name] for name in named if os.environ.get(name))
@@ -42,8 +42,8 @@ def count_local_ranks() -> None:
 def find_ranks() -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where `mpirun` or `srun` started this process.
 
-    DeepSpeed's command and torchrun have set them. Under mpirun all ranks call: rank 0 chooses a free port, and its
-    address and that port are broadcast by MPI, which is not used again after.
+    DeepSpeed's command and torchrun have set them already. Under mpirun all ranks call this together: rank 0 chooses a
+    free port, and MPI sends the port and the address of rank 0 to the others. MPI is not used again.
 
     Raises:
         ValueError: mpi4py is missing, or nobody has named the node of rank 0.
@@ -112,10 +112,9 @@ def _own_address(one_machine: bool) -> str:
 def end_with_command() -> None:
     """Let the run end when the `deepspeed` command that started it has, or the node launcher between the two.
 
-    On other machines than its own the command has ended when its ssh connection has; the first rank of each machine
-    tells the node launcher. A node launcher that was killed tells nobody, so that each rank looks for itself. Nothing
-    happens under another launcher, or where the node launcher was started by neither: then whoever started it may
-    leave it running.
+    On other machines the command counts as ended when its ssh connection is. The first rank of each machine then ends
+    the node launcher. Every rank watches the node launcher, since one that was killed ends nobody. Nothing is watched
+    under another launcher, or where something else has started the node launcher.
     """
     found = _node_launcher_and_command()
     if found is not None:

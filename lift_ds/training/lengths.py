@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from datasets import Dataset
 
@@ -26,38 +25,6 @@ _SPLIT = {
     "wrapped": "packing cuts every row where a pack is full, shorter ones too (wrapped), and a piece does not see the "
     "one before it",
 }
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Rows by their lengths, and the limit; `name` is what to call them."""
-
-    name: str
-    lengths: Sequence[int]
-    limit: int
-
-    def long(self) -> list[int]:
-        """Return the places of the rows that are longer than the limit."""
-        return [place for place, length in enumerate(self.lengths) if length > self.limit]
-
-    def fitting(self) -> list[int]:
-        """Return the places of the others."""
-        return [place for place, length in enumerate(self.lengths) if length <= self.limit]
-
-    def how_many_are_long(self) -> str:
-        """Return the beginning of a sentence about the long rows."""
-        count, longest = len(self.long()), max(self.lengths)
-        return (
-            f"{count:,} of {len(self.lengths):,} {self.name} are longer than --max_length {self.limit} "
-            f"(the longest has {longest:,} tokens)"
-        )
-
-    def nothing_left(self, what_it_does: str) -> ValueError:
-        """Return the error that the limit is too low for all of the rows."""
-        return ValueError(
-            f"--max_length {self.limit} {what_it_does} the {len(self.lengths):,} {self.name}; "
-            f"the shortest needs --max_length {min(self.lengths)}"
-        )
 
 
 def without_limit(args: TrainArguments) -> TrainArguments:
@@ -96,36 +63,36 @@ def fit(rows: Dataset, args: TrainArguments, packing: bool, name: str) -> Datase
         )
     if args.max_length is None:
         return rows
-    measured = _Measured(name, [len(ids) for ids in rows["input_ids"]], args.max_length)
-    if not measured.long():
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    long = [place for place, length in enumerate(lengths) if length > args.max_length]
+    if not long:
         return rows
+    said = (
+        f"{len(long):,} of {len(rows):,} {name} are longer than --max_length {args.max_length} "
+        f"(the longest has {max(lengths):,} tokens)"
+    )
+    all_too_long = f"the {len(rows):,} {name}; the shortest needs --max_length {min(lengths)}"
     if args.drop_long_rows:
-        return _without_long(rows, measured)
+        if len(long) == len(rows):
+            raise ValueError(f"--max_length {args.max_length} with --drop_long_rows leaves none of {all_too_long}")
+        logger.info("%s and are left out (--drop_long_rows)", said)
+        return rows.select([place for place, length in enumerate(lengths) if length <= args.max_length])
     if packing and args.packing_strategy in _SPLIT:
         harm = _SPLIT[args.packing_strategy]
     else:
         # Packing keeps the start, whatever the mode says.
-        harm = _harm_of_cutting(rows, measured, keeps_end=args.truncation_mode == "keep_end" and not packing)
-    logger.warning(
-        "%s: %s. Raise --max_length, or leave these rows out with --drop_long_rows", measured.how_many_are_long(), harm
-    )
+        keeps_end = args.truncation_mode == "keep_end" and not packing
+        harm = _harm_of_cutting(rows, long, args.max_length, keeps_end, all_too_long)
+    logger.warning("%s: %s. Raise --max_length, or leave these rows out with --drop_long_rows", said, harm)
     return rows
 
 
-def _without_long(rows: Dataset, measured: _Measured) -> Dataset:
-    fitting = measured.fitting()
-    if not fitting:
-        raise measured.nothing_left("with --drop_long_rows leaves none of")
-    logger.info("%s and are left out (--drop_long_rows)", measured.how_many_are_long())
-    return rows.select(fitting)
-
-
-def _harm_of_cutting(rows: Dataset, measured: _Measured, *, keeps_end: bool) -> str:
+def _harm_of_cutting(rows: Dataset, long: Sequence[int], limit: int, keeps_end: bool, all_too_long: str) -> str:
     part = "text" if is_text(rows[0]) else "answer"
-    kept = slice(-measured.limit, None) if keeps_end else slice(measured.limit)
-    empty = sum(not _is_learned(labels[kept]) for labels in rows.select(measured.long())["labels"])
+    kept = slice(-limit, None) if keeps_end else slice(limit)
+    empty = sum(not _is_learned(labels[kept]) for labels in rows.select(long)["labels"])
     if empty == len(rows):
-        raise measured.nothing_left(f"leaves no token of the {part} in any of")
+        raise ValueError(f"--max_length {limit} leaves no token of the {part} in any of {all_too_long}")
     lost = "start of the row" if keeps_end else f"end of the {part}"
     emptied = f"; {empty:,} of them lose all of the {part} and count for nothing" if empty else ""
     return f"they are cut there, and the {lost} is lost{emptied}"

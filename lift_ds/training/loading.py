@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,26 +72,26 @@ def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTraine
     name = script.model_name_or_path
     assert name is not None
     trusted = {"trust_remote_code": args.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(name, **trusted)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_loadable(name, error)) from error
     dtype = training_dtype(args)
-    base_dtype = config.dtype or dtype
-    if base_dtype != dtype:
-        logger.warning("%s is stored in %s, trained in %s, and saved in %s", name, base_dtype, dtype, base_dtype)
-    try:
+    with _named_where_it_fails(name):
+        config = AutoConfig.from_pretrained(name, **trusted)
+        base_dtype = config.dtype or dtype
+        if base_dtype != dtype:
+            logger.warning("%s is stored in %s, trained in %s, and saved in %s", name, base_dtype, dtype, base_dtype)
         model = _with_attention(name, script.attn_implementation, dtype, args, trusted)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_loadable(name, error)) from error
+    logger.info("%s: attention by %s, weights in %s", name, model.config._attn_implementation, model.dtype)
     return model, Base(base_dtype, getattr(config, "use_cache", True))
 
 
-def _not_loadable(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        reason = "there is no such folder"
-    return f"--model_name_or_path {name!r} cannot be loaded: {reason}"
+@contextlib.contextmanager
+def _named_where_it_fails(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            reason = "there is no such folder"
+        raise ValueError(f"--model_name_or_path {name!r} cannot be loaded: {reason}") from error
 
 
 def _with_attention(
@@ -125,10 +127,8 @@ def load_tokenizer(script: ScriptArguments, args: TrainArguments) -> PreTrainedT
     """
     name = script.model_name_or_path
     assert name is not None
-    try:
+    with _named_where_it_fails(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_loadable(name, error)) from error
     if tokenizer.eos_token is None and args.eos_token is None:
         raise ValueError(f"the tokenizer of {name} has no end-of-text token; name one of its tokens with --eos_token")
     return tokenizer
@@ -181,7 +181,7 @@ def lora_config(script: ScriptArguments, config: LiftConfig) -> LoraConfig:
 
 
 def find_checkpoint(args: TrainArguments, *, committed: bool) -> str | None:
-    """Find the checkpoint to resume from, and say which one was taken where none is named; all ranks call.
+    """Find the checkpoint to resume from, and have DeepSpeed load it in the form it was saved in; all ranks call.
 
     Args:
         args: `resume_from_checkpoint` is a folder, "last" for the newest whole one in `output_dir`, or "auto" for the
@@ -192,13 +192,19 @@ def find_checkpoint(args: TrainArguments, *, committed: bool) -> str | None:
         The folder, or None to start anew.
 
     Raises:
-        ValueError: it is not there, or is no checkpoint of the Trainer.
+        ValueError: it is not there, is no checkpoint of the Trainer, or has no description that can be relied on; or
+            the states of this run are on a disk.
     """
     asked = args.resume_from_checkpoint
     if not asked:
         return None
-    if asked not in (LAST, AUTO):
-        return _named_checkpoint(args, asked)
+    found = _newest_checkpoint(args, asked, committed) if asked in (LAST, AUTO) else _named_checkpoint(args, asked)
+    if found is not None and committed:
+        _load_as_saved(args, found)
+    return found
+
+
+def _newest_checkpoint(args: TrainArguments, asked: str, committed: bool) -> str | None:
     output = Path(str(args.output_dir))
     choice = by_main(lambda: newest(_checkpoints_in(output), layout_of(args)) if committed else _last_ended(output))
     if choice.taken is not None:
@@ -238,17 +244,10 @@ def _last_ended(output: Path) -> Choice:
     return Choice(ended[-1] if ended else None, missing)
 
 
-def load_as_saved(args: TrainArguments, checkpoint: str) -> None:
-    """Have DeepSpeed load a checkpoint in the form it was saved in, whatever its file says; all ranks call.
+def _load_as_saved(args: TrainArguments, checkpoint: str) -> None:
+    """Tell DeepSpeed the form of a checkpoint, whatever its file says.
 
     A run that resumed from a universal checkpoint saves plain ones, and its restarts use the same file.
-
-    Args:
-        args: DeepSpeed's settings among them are changed.
-        checkpoint: folder to resume from.
-
-    Raises:
-        ValueError: it has no description that can be relied on, or the states of this run are on a disk.
     """
     _refuse_states_on_disk(args)
     universal = by_main(lambda: read(checkpoint)["universal"])

@@ -9,11 +9,9 @@ of torchrun, mpirun or srun. With neither model nor data named it builds a small
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 import transformers
@@ -24,46 +22,48 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import lift_ds
 import lift_ds.checkpoint
-import lift_ds.trainer
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error
 from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger, is_main_rank
-from lift_ds.training import (
-    arguments,
-    endings,
-    launcher,
-    loading,
-    model_card,
-    record,
-    rendezvous,
-    reporting,
-    saving,
-)
+from lift_ds.trainer import layout_of
+from lift_ds.training import endings, launcher, loading, model_card, record, rendezvous, reporting, saving
+from lift_ds.training.arguments import TrainArguments, adam_settings
 from lift_ds.training.checked_trainer import CheckedTrainer, train_what_is_left
 from lift_ds.training.demo import run as demo
 from lift_ds.training.evaluation import Evaluation, of_demo, of_held_out
+from lift_ds.training.settings import Settings, read_settings
 from lift_ds.zero.ranks import init_ranks, unlink_shared_memory
 
 logger = get_logger()
 
-#: Seconds that a collective may wait longer than the watch lets it.
-_LATER = 10
 
-
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A run that is set up and checked."""
+    """A run that is set up and checked.
 
-    script: arguments.ScriptArguments
-    args: arguments.TrainArguments
+    Args:
+        settings: all that it was told.
+        trainer: ready to train.
+        tokenizer: saved beside the model.
+        base: what the saved model takes from the base.
+        about: what the model's card says.
+        checkpoint: the folder to resume from.
+        evaluation: held-out rows.
+    """
+
+    settings: Settings
     trainer: CheckedTrainer
     tokenizer: PreTrainedTokenizerBase
     base: loading.Base
     about: model_card.Trained
     checkpoint: str | None
     evaluation: Evaluation | None
-    demo_base: Path | None
+
+    @property
+    def folder(self) -> str:
+        """Where the trained model goes."""
+        return str(self.trainer.args.output_dir)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -110,105 +110,83 @@ def set_up(argv: Sequence[str] | None) -> Job:
     Raises:
         ValueError: a setting, the model or the data cannot be used; the message says which and why.
     """
-    values, given = arguments.make_parser().read(argv)
-    arguments.settle_by_file(values, given)
-    arguments.check_method(values, given)
-    script = arguments.build(arguments.ScriptArguments, values)
-    is_demo = arguments.check_sources(script)
-    if is_demo:
-        logger.info("%s", demo.settle(values, given))
-    config = arguments.lift_config(values)
-    arguments.settle_optimizer(values, config)
-    demo_base = prepare_demo(values) if is_demo else None
-    script = arguments.build(arguments.ScriptArguments, values)
-    values["deepspeed"] = arguments.deepspeed_settings(values)
-    if config.stall_timeout is not None and "ddp_timeout" not in given:
-        # Collectives that nothing watches, such as those of TRL's metrics, have the same limit; the watch says more.
-        values["ddp_timeout"] = math.ceil(config.stall_timeout) + _LATER
-    if values["deepspeed"]:
+    settings = read_settings(argv)
+    if settings.is_demo:
+        demo.prepare()
+    args = join_ranks(settings)
+    checkpoint = loading.find_checkpoint(args, committed=settings.method == "lift")
+    tokenizer = loading.load_tokenizer(settings.script, args)
+    rows, evaluation = load_rows(settings, args, tokenizer)
+    args.eval_on_start = evaluation is not None
+    model, base = loading.load_model(settings.script, args)
+    trainer = make_trainer(settings, args, model, tokenizer, rows, evaluation, checkpoint)
+    if checkpoint is not None and settings.method == "lift":
+        lift_ds.checkpoint.verify(model, checkpoint, layout_of(args))
+    about = model_card.Trained(settings, args, trained_share(model) if settings.method == "lift" else None, len(rows))
+    trainer.write_card, trainer.use_cache = about.write_card, base.use_cache
+    return Job(settings, trainer, tokenizer, base, about, checkpoint, evaluation)
+
+
+def join_ranks(settings: Settings) -> TrainArguments:
+    """Meet the other ranks and begin torch.distributed; from here on all ranks do the same together.
+
+    Returns:
+        The Trainer's arguments. With them transformers knows DeepSpeed's settings, so that under ZeRO-3 a model loads
+        partitioned.
+
+    Raises:
+        ValueError: the ranks do not come together, or not to the same folder, or the settings are not for so many.
+    """
+    if settings.trainer["deepspeed"]:
         rendezvous.be_one_rank()
         rendezvous.meet()
-    # From here on DeepSpeed's file is known to transformers: under ZeRO-3 a model loads partitioned.
-    args = arguments.build(arguments.TrainArguments, values)
+    args = TrainArguments(**settings.trainer)
     if args.deepspeed:
         # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         init_ranks()
         rendezvous.limit_collectives(args.ddp_timeout)
         unlink_shared_memory()
         rendezvous.check_batch(args)
-    watchdog.start(config.stall_timeout)
+    watchdog.start(settings.lift.stall_timeout)
     rendezvous.check_same_folder(str(args.output_dir))
-    checkpoint = loading.find_checkpoint(args, committed=script.method == "lift")
-    if checkpoint is not None and script.method == "lift":
-        loading.load_as_saved(args, checkpoint)
-    tokenizer = loading.load_tokenizer(script, args)
-    train_rows, held_out = loading.load_data(script, args, tokenizer)
-    evaluation = of_demo(demo_base) if demo_base is not None else None
-    if held_out is not None:
-        evaluation = of_held_out(held_out, script.eval_max_rows, args.seed)
-    args.eval_on_start = evaluation is not None
-    model, base = loading.load_model(script, args)
-    attention = model.config._attn_implementation
-    logger.info("%s: attention by %s, weights in %s", script.model_name_or_path, attention, model.dtype)
-    trainer = make_trainer(script, args, config, model, tokenizer, train_rows, evaluation, checkpoint)
-    if checkpoint is not None and script.method == "lift":
-        lift_ds.checkpoint.verify(model, checkpoint, lift_ds.trainer.layout_of(args))
-    about = describe(script, args, config, model, len(train_rows))
-    trainer.write_card, trainer.use_cache = about.write_card, base.use_cache
-    return Job(script, args, trainer, tokenizer, base, about, checkpoint, evaluation, demo_base)
+    return args
 
 
-def describe(
-    script: arguments.ScriptArguments,
-    args: arguments.TrainArguments,
-    config: lift_ds.LiftConfig,
-    model: PreTrainedModel,
-    rows: int,
-) -> model_card.Trained:
-    """Gather what the model's card will say."""
-    if script.method != "lift":
-        return model_card.Trained(script, args, None, 1.0, rows)
-    attachment = require_attachment(model)
-    share = attachment.entries() / sum(layer.shape().numel() for layer in attachment.layers.values())
-    return model_card.Trained(script, args, config, share, rows)
-
-
-def prepare_demo(values: arguments.Values) -> Path:
-    """Name the generated model and data as if they had been given."""
-    logger.info("preparing the small base model (a minute of training where it is not cached)")
-    base = demo.prepare()
-    logger.info("base model and data: %s", base)
-    values["model_name_or_path"], values["train_file"] = str(base), demo.train_file(base)
-    values["eval_split_size"] = 0.0
-    return base
+def load_rows(
+    settings: Settings, args: TrainArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Evaluation | None]:
+    """Load the rows to train on, and those to evaluate before the first step and after the last."""
+    rows, held_out = loading.load_data(settings.script, args, tokenizer)
+    if settings.is_demo:
+        return rows, of_demo(settings.base_folder)
+    if held_out is None:
+        return rows, None
+    return rows, of_held_out(held_out, settings.script.eval_max_rows, args.seed)
 
 
 def make_trainer(
-    script: arguments.ScriptArguments,
-    args: arguments.TrainArguments,
-    config: lift_ds.LiftConfig,
+    settings: Settings,
+    args: TrainArguments,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset,
+    rows: Dataset,
     evaluation: Evaluation | None,
     checkpoint: str | None,
 ) -> CheckedTrainer:
     """Build TRL's trainer for the chosen method."""
     extra: dict[str, object] = {}
     callbacks: list[transformers.TrainerCallback] = []
-    if script.method == "lift":
-        lift_ds.attach(model, config)
+    if settings.method == "lift":
+        lift_ds.attach(model, settings.lift)
         # Not `optimizers=`: under DeepSpeed the Trainer drops that one and builds an AdamW of its own.
-        settings = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
-        settings |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-        extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **settings})
+        extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **adam_settings(args)})
         callbacks.append(lift_ds.LiftCallback(resume_from_checkpoint=checkpoint))
-    elif script.method == "lora":
-        extra["peft_config"] = loading.lora_config(script, config)
+    elif settings.method == "lora":
+        extra["peft_config"] = loading.lora_config(settings.script, settings.lift)
     trainer = CheckedTrainer(
         model=model,
         args=args,
-        train_dataset=train_rows,
+        train_dataset=rows,
         eval_dataset=evaluation.rows if evaluation is not None else None,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -216,42 +194,67 @@ def make_trainer(
     )
     # First in the list, so that the progress bar and every reporter show what it adds to the logs.
     trainer.callback_handler.callbacks.insert(0, reporting.SpeedCallback())
-    trainer.add_callback(record.RecordCallback(config if script.method == "lift" else None, checkpoint))
+    trainer.add_callback(record.RecordCallback(settings.lift if settings.method == "lift" else None, checkpoint))
     return trainer
+
+
+def trained_share(model: PreTrainedModel) -> float:
+    """Return the share of the managed entries that LIFT trains."""
+    attachment = require_attachment(model)
+    return attachment.entries() / sum(layer.shape().numel() for layer in attachment.layers.values())
 
 
 def train(job: Job) -> None:
     """Train, evaluate again, save the plain model and say what came out."""
-    trainer = job.trainer
     watchdog.begin("building the engine and loading the checkpoint")  # until the first forward
     if job.evaluation is not None:
-        logger.info("%s", job.evaluation.announcement(trainer.rows_to_evaluate()))
-    train_what_is_left(trainer, job.checkpoint)
-    after: dict[str, float] = {}
-    if job.evaluation is not None:
-        logger.info("evaluating the same rows after the last step")
-        after = reporting.first_losses([trainer.evaluate()])
-    if job.args.deepspeed and trainer.model_wrapped.zero_optimization_partition_weights():
-        trainer.model_wrapped.empty_partition_cache()  # an evaluation leaves weights on their way, fetched ahead of use
-    if job.script.method == "lift":
-        lift_ds.detach(trainer.model)
-    model: PreTrainedModel | PeftModel = trainer.model
-    folder = str(job.args.output_dir)
+        logger.info("%s", job.evaluation.announcement(job.trainer.rows_to_evaluate()))
+    train_what_is_left(job.trainer, job.checkpoint)
+    losses = compare_losses(job)
+    tensors = save(job)
+    if is_main_rank():
+        conclude(job, losses, tensors)
+
+
+def compare_losses(job: Job) -> str:
+    """Evaluate the held-out rows again; return the table of their losses before and after, empty without such rows."""
+    if job.evaluation is None:
+        return ""
+    logger.info("evaluating the same rows after the last step")
+    after = reporting.first_losses([job.trainer.evaluate()])
+    before = reporting.first_losses(job.trainer.state.log_history)
+    return reporting.loss_table(before, after, job.evaluation.metrics)
+
+
+def save(job: Job) -> int:
+    """Save the plain model and its tokenizer in the output folder; all ranks call.
+
+    Returns:
+        How many tensors this rank has written.
+
+    Raises:
+        SaveError: they cannot be written.
+    """
+    engine = job.trainer.model_wrapped
+    if job.trainer.is_deepspeed_enabled and engine.zero_optimization_partition_weights():
+        engine.empty_partition_cache()  # an evaluation leaves weights on their way, fetched ahead of use
+    model: PreTrainedModel | PeftModel = job.trainer.model
+    if job.settings.method == "lift":
+        lift_ds.detach(model)
     try:
         with watchdog.during("saving the trained model", whole=True):
-            tensors = saving.save_plain(model, job.tokenizer, folder, job.base)
+            return saving.save_plain(model, job.tokenizer, job.folder, job.base)
     except WRITER_ERRORS as error:
-        raise save_error(folder, error, "model") from error
-    if not is_main_rank():
-        return
-    losses = ""
-    if job.evaluation is not None:
-        before = reporting.first_losses(trainer.state.log_history)
-        losses = reporting.loss_table(before, after, job.evaluation.metrics)
+        raise save_error(job.folder, error, "model") from error
+
+
+def conclude(job: Job, losses: str, tensors: int) -> None:
+    """Report the result in the log and in the model's card; for rank 0."""
+    if losses:
         print(losses)
-    job.about.write_card(folder, losses)
-    print(f"saved to {folder}: a plain Hugging Face model ({tensors} tensors, {job.base.dtype}) and its tokenizer")
-    record.note_end(folder)
-    if job.demo_base is not None:
+    job.about.write_card(job.folder, losses)
+    print(f"saved to {job.folder}: a plain Hugging Face model ({tensors} tensors, {job.base.dtype}) and its tokenizer")
+    record.note_end(job.folder)
+    if job.settings.is_demo:
         unset_hf_deepspeed_config()  # under ZeRO-3 loading would wait for the other ranks
-        print(demo.answer_one(folder, job.demo_base))
+        print(demo.answer_one(job.folder, job.settings.base_folder))

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import SchedulerType
 
 from lift_ds import LiftConfig
-from lift_ds.training.arguments import ScriptArguments, TrainArguments
+from lift_ds.training.arguments import TrainArguments
 from lift_ds.training.record import package_versions
+from lift_ds.training.settings import Settings
 
 _METHODS = {
     "lift": "LIFT ([arXiv 2506.00772](https://arxiv.org/abs/2506.00772)), which trains the entries of each matrix "
@@ -27,17 +28,15 @@ class Trained:
     """What a card tells of a run.
 
     Args:
-        script: names base, data and method.
-        args: gives schedule and seed.
-        config: LIFT's settings; None where another method trained.
-        share: share of the managed entries that LIFT trained.
-        rows: that were trained on.
+        told: the settings: base, data and method.
+        args: schedule and seed.
+        share: share of the managed entries that LIFT trained; None where another method trained.
+        rows: how many rows were trained on.
     """
 
-    script: ScriptArguments
+    told: Settings
     args: TrainArguments
-    config: LiftConfig | None
-    share: float
+    share: float | None
     rows: int
 
     def write_card(self, folder: str | Path, losses: str = "") -> None:
@@ -48,11 +47,11 @@ class Trained:
             losses: a table of held-out losses as it was printed, if there is one.
         """
         head = ModelCardData(
-            base_model=_on_the_hub(self.script.model_name_or_path),
-            datasets=_on_the_hub(self.script.dataset_name),
+            base_model=_on_the_hub(self.told.script.model_name_or_path),
+            datasets=_on_the_hub(self.told.script.dataset_name),
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=[self.script.method, "sft"],
+            tags=[self.told.script.method, "sft"],
         )
         parts = [f"# {Path(folder).resolve().name}", self._sentence(), _table("Settings", self._settings())]
         if losses:
@@ -62,14 +61,14 @@ class Trained:
         ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n").save(Path(folder) / "README.md")
 
     def _sentence(self) -> str:
-        base, data = (_shown(name) for name in (self.script.model_name_or_path, self._data()))
+        base, data = (_shown(name) for name in (self.told.script.model_name_or_path, self._data()))
         return (
             f"`{base}`, fine-tuned on {self.rows:,} rows of `{data}` by "
-            f"{_METHODS[self.script.method]}. Trained with lift_ds and TRL."
+            f"{_METHODS[self.told.script.method]}. Trained with lift_ds and TRL."
         )
 
     def _data(self) -> str:
-        return str(self.script.dataset_name or self.script.train_file)
+        return str(self.told.script.dataset_name or self.told.script.train_file)
 
     def _settings(self) -> dict[str, object]:
         args = self.args
@@ -83,16 +82,16 @@ class Trained:
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             "seed": args.seed,
         }
-        if self.config is not None:
+        if self.share is not None:
             defaults = LiftConfig(density=1.0).to_dict()
             shown = {"budget_rank", "density", "lra_rank", "refresh_interval"}
             of_adam = {"lr", "betas", "eps", "weight_decay", "stall_timeout"}
-            for name, value in self.config.to_dict().items():
+            for name, value in self.told.lift.to_dict().items():
                 if name not in of_adam and value is not None and (name in shown or value != defaults[name]):
                     settings[f"LIFT: {name}"] = value
             settings["LIFT: trained share of the managed entries"] = f"{self.share:.2%}"
-        if self.script.method == "lora":
-            settings["LoRA: rank"] = self.script.lora_rank
+        if self.told.script.method == "lora":
+            settings["LoRA: rank"] = self.told.script.lora_rank
         return settings
 
 

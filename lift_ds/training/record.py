@@ -1,4 +1,4 @@
-"""What a run was started with, as it was settled: `launch/resolved.json` in the run's folder."""
+"""The record of a run: the settings and versions it was started with, in `launch/resolved.json` of its folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from lift_ds import LiftConfig
 from lift_ds.runtime.logs import is_main_rank
 from lift_ds.runtime.ranks import from_all
+from lift_ds.training.arguments import adam_settings
 
 #: In the run's folder; each start replaces it.
 RECORD = Path("launch", "resolved.json")
@@ -38,9 +39,7 @@ class RecordCallback(TrainerCallback):
         self._config = config
         self._checkpoint = checkpoint
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         hosts = from_all(socket.gethostname())
         if is_main_rank():
             write(Path(str(args.output_dir)) / RECORD, self._settled(args, hosts))
@@ -56,17 +55,11 @@ class RecordCallback(TrainerCallback):
             "nodes": nodes,
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
             "resumes_from": self._checkpoint,
-            "lift": dataclasses.asdict(self._config) | _optimizer(args) if self._config else None,
+            "lift": dataclasses.asdict(self._config) | adam_settings(args) if self._config else None,
             "deepspeed": args.hf_deepspeed_config.config if args.deepspeed else None,
             "versions": {"python": platform.python_version(), **package_versions()},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
-
-
-def _optimizer(args: TrainingArguments) -> dict[str, Any]:
-    """What the Trainer's flags have made of the block's settings of AdamW."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    return {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "weight_decay": args.weight_decay}
 
 
 def package_versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The beginning of a run on several ranks: all of them come, within a limit, and see the same folder.
+"""The start of a run on several ranks: all of them meet within a time limit, and see the same output folder.
 
-torch.distributed on its own waits half an hour for a rank that does not come, and reports a port that is taken on
-the rank that cannot open it while the others wait for whoever answers there.
+torch.distributed alone waits half an hour for a rank that does not come. Where the port is taken, only the rank that
+cannot open it reports an error, and the others wait for whatever answers there.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers import TrainingArguments
 from lift_ds.runtime.ports import free_port
 from lift_ds.runtime.ranks import by_main, rank_and_count, together
 
-#: Environment variable for the seconds within which all ranks have to come, and what it is without one.
+#: Environment variable with the seconds within which all ranks have to meet, and the seconds without it.
 LIMIT, _DEFAULT_LIMIT = "LIFT_DS_MEETING_SECONDS", "300"
 
-#: Seconds within which a file that rank 0 wrote appears on the other nodes; network file systems remember absences.
+#: Seconds within which a file of rank 0 has to appear on the other nodes. Network file systems can be late.
 _APPEARS = 10.0
 
 # Rank 0 serves the store; torch.distributed finds and uses the one that is open already.
@@ -174,7 +174,7 @@ def check_batch(args: TrainingArguments) -> None:
 
 
 def be_one_rank() -> None:
-    """Let a process that no launcher has started be the only rank of a run with DeepSpeed."""
+    """Make a process that no launcher has started the only rank of a run with DeepSpeed."""
     if "RANK" in os.environ:
         return
     port = str(free_port())

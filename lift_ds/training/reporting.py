@@ -1,4 +1,4 @@
-"""What a run tells: its speed while it trains, and what it learned at the end."""
+"""What a run prints: its speed while it trains, and its held-out losses at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import transformers
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from lift_ds.runtime.logs import is_main_rank
 
@@ -26,33 +26,23 @@ class SpeedCallback(TrainerCallback):
         self._seconds = 0.0
         self._step_began: float | None = None
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         # From the end of the last step, if nothing came between: waiting for data is part of training.
         if self._step_began is None:
             self._step_began = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         now = time.monotonic()
         if self._step_began is not None:
             self._seconds += now - self._step_began
         self._step_began = now
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
         self._step_began = None
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step_began = None
+    on_save = on_evaluate
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs is None or "loss" not in logs or "num_tokens" not in logs:
             return
         if self._seconds > 0:

@@ -6,14 +6,20 @@ that a flag that cannot be applied is refused or warned of.
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lift_ds import LiftConfig
-from lift_ds.training import arguments
+from lift_ds.training import arguments, settings
+
+SOURCES = ("--model_name_or_path", "model", "--train_file", "rows.json")
 
 FILE = {
+    "lift": {},
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 4,
     "train_batch_size": "auto",
@@ -21,12 +27,10 @@ FILE = {
 }
 
 
-def settled(tmp_path: Path, *flags: str, **changes: object) -> arguments.Values:
+def settled(tmp_path: Path, *flags: str, **changes: object) -> Mapping[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({**FILE, **changes}))
-    values, given = arguments.make_parser().read(["--deepspeed", str(path), *flags])
-    arguments.settle_by_file(values, given)
-    return values
+    return settings.read_settings(["--deepspeed", str(path), *SOURCES, *flags]).trainer
 
 
 def test_a_file_says_what_the_command_line_does_not(tmp_path: Path) -> None:
@@ -35,7 +39,7 @@ def test_a_file_says_what_the_command_line_does_not(tmp_path: Path) -> None:
     assert values["gradient_accumulation_steps"] == 4
     assert values["gradient_checkpointing"] is False
     assert values["max_length"] == 256
-    seen = arguments.deepspeed_settings(values)
+    seen = values["deepspeed"]
     assert seen is not None
     assert "train_defaults" not in seen
 
@@ -69,9 +73,7 @@ def test_what_the_file_cannot_say(changes: dict[str, object], message: str, tmp_
 
 
 def built(*flags: str) -> arguments.TrainArguments:
-    values, _ = arguments.make_parser().read(flags)
-    arguments.settle_optimizer(values, arguments.lift_config(values))
-    return arguments.build(arguments.TrainArguments, values)
+    return arguments.TrainArguments(**settings.read_settings([*SOURCES, *flags]).trainer)
 
 
 @pytest.mark.parametrize(("given", "length"), [("none", None), ("None", None), ("null", None), ("256", 256)])
@@ -114,15 +116,14 @@ def test_long_rows_are_left_out_on_request(lift_log: list[str]) -> None:
 
 
 def test_a_negative_number_of_rows_to_evaluate_is_refused() -> None:
-    values, _ = arguments.make_parser().read(["--eval_max_rows", "-1"])
     with pytest.raises(ValueError, match="--eval_max_rows -1 is below 0; give a number of rows, or 0 for all"):
-        arguments.build(arguments.ScriptArguments, values)
+        settings.read_settings([*SOURCES, "--eval_max_rows", "-1"])
 
 
 def lift_settings(tmp_path: Path, block: dict[str, object], *flags: str) -> LiftConfig:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"lift": block}))
-    return arguments.lift_config(arguments.make_parser().read(["--deepspeed", str(path), *flags])[0])
+    return settings.read_settings(["--deepspeed", str(path), *SOURCES, *flags]).lift
 
 
 def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Path) -> None:
@@ -133,13 +134,13 @@ def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Pat
         (lift_settings(tmp_path, {}, "--budget_rank", "8"), (8, None)),
         (lift_settings(tmp_path, {"density": 0.1}, "--budget_rank", "8"), (8, None)),
         (lift_settings(tmp_path, {"budget_rank": 8}, "--density", "0.2"), (None, 0.2)),
-        (arguments.lift_config(arguments.make_parser().read([])[0]), (None, 0.05)),
+        (settings.read_settings(SOURCES).lift, (None, 0.05)),
     ]
     assert [(config.budget_rank, config.density) for config, _ in said] == [budget for _, budget in said]
 
 
 def check(*flags: str) -> None:
-    arguments.check_method(*arguments.make_parser().read(flags))
+    settings.check_method(*arguments.make_parser().read(flags))
 
 
 @pytest.mark.parametrize(
@@ -168,3 +169,46 @@ def test_a_flag_of_another_method_is_warned_of(flags: tuple[str, ...], idle: set
     check(*flags)
     method = dict(zip(flags[::2], flags[1::2], strict=True)).get("--method", "lift")
     assert lift_log == [f"WARNING --{flag} is not applied: --method is {method}" for flag in sorted(idle)]
+
+
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """Return the flags that a help text shows."""
+    with pytest.raises(SystemExit):
+        arguments.make_parser().read(["--help", *words])
+    return re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_help_shows_what_most_runs_need_and_all_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    few, every = helped(capsys), helped(capsys, "all")
+    assert set(few) < set(every)
+    assert len(few) < 30 < len(every)
+    spelt = [action.option_strings[0] for action in arguments.make_parser()._actions]
+    assert sorted(every) == sorted(spelt), "each flag once"
+
+
+def test_every_flag_of_lift_sets_the_setting_of_its_name() -> None:
+    wanted = {
+        "budget_rank": 8, "density": None, "lra_rank": 4, "refresh_interval": 9, "refresh_parts": 3, "solver": "gram",
+        "selection_tolerance": 0.1, "block_shape": (2, 4), "target_modules": ("q_proj", "v_proj"),
+        "exclude_modules": ("head",), "extra_trainable": ("bias", "norm"), "index_placement": "replicated",
+        "refresh_memory_gib": 1.5, "stall_timeout": 60.0,
+    }  # fmt: skip
+    flags: list[str] = []
+    for name, value in wanted.items():
+        if value is not None:
+            flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert set(wanted) == set(arguments.LIFT_FLAGS)
+    assert settings.read_settings([*SOURCES, *flags]).lift == LiftConfig(**wanted)
+    preset = settings.read_settings([*SOURCES, "--target_modules", "LIFT_MLP"]).lift
+    assert preset.target_modules == "LIFT_MLP"
+
+
+def test_the_generated_run_takes_what_command_line_and_file_leave_open(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(FILE))
+    read = settings.read_settings(["--deepspeed", str(path), "--max_steps", "3"])
+    assert read.is_demo
+    assert read.trainer["max_steps"] == 3
+    assert read.trainer["per_device_train_batch_size"] == FILE["train_micro_batch_size_per_gpu"]
+    assert read.trainer["logging_steps"] == 10
+    assert read.lift.budget_rank == 16

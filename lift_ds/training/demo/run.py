@@ -1,4 +1,4 @@
-"""How launch/train.py runs when neither a model nor data are named."""
+"""What the trainer does when neither a model nor data are named."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from lift_ds.runtime.logs import get_logger
 from lift_ds.training.data import instruction_prompt, load_file
-from lift_ds.training.demo.base import HELD_OUT_FILE, STORIES_FILE, TRAIN_FILE, BaseSettings, ensure_base
+from lift_ds.training.demo.base import HELD_OUT_FILE, STORIES_FILE, TRAIN_FILE, BaseSettings, base_folder, ensure_base
+
+logger = get_logger()
 
 #: Flags for a model 192 wide that trains for about a minute; the defaults are for models of billions.
 SETTINGS: dict[str, Any] = {
@@ -29,12 +32,19 @@ SETTINGS: dict[str, Any] = {
     "save_strategy": "no",
 }
 
+#: Flag -> the flag above that it says in another way.
+_SAID_BY = {
+    "density": "budget_rank",
+    "num_train_epochs": "max_steps",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
 #: Name of the held-out rows of the new task and of the old one, in metric names and in the final table.
 NEW, OLD = "problems", "stories"
 
 
 def settle(values: dict[str, Any], given: Collection[str]) -> str:
-    """Set the flags that were not given to what suits the small model.
+    """Name the generated model and data, and set the flags that were not given to what suits the small model.
 
     Args:
         values: all flags; changed in place.
@@ -43,27 +53,24 @@ def settle(values: dict[str, Any], given: Collection[str]) -> str:
     Returns:
         One line that says what was set.
     """
-    blocked = set(given)
-    if "density" in given:  # the other way to say the same thing
-        blocked.add("budget_rank")
-    if "num_train_epochs" in given:
-        blocked.add("max_steps")
-    if "activation_checkpointing" in given:
-        blocked.add("gradient_checkpointing")
-    applied = {name: value for name, value in SETTINGS.items() if name not in blocked}
-    values.update(applied)
+    same = {
+        "density": "budget_rank",
+        "num_train_epochs": "max_steps",
+        "activation_checkpointing": "gradient_checkpointing",
+    }
+    kept = {*given, *(same[name] for name in given if name in same)}
+    applied = {name: value for name, value in SETTINGS.items() if name not in kept}
+    folder = base_folder(BaseSettings())
+    values.update(applied, model_name_or_path=str(folder), train_file=str(folder / TRAIN_FILE), eval_split_size=0.0)
     listed = " ".join(f"--{name} {value}" for name, value in applied.items())
     return f"no model and no data named: a small generated run, as if by {listed} (flags you give stay)"
 
 
-def prepare() -> Path:
-    """Return the folder of the base model, building it on the first rank of each machine where it is missing."""
-    return ensure_base(BaseSettings(), build_here=int(os.environ.get("LOCAL_RANK", "0")) <= 0)
-
-
-def train_file(folder: Path) -> str:
-    """Return the path of the word problems to train on, in the layout of real instruction data."""
-    return str(folder / TRAIN_FILE)
+def prepare() -> None:
+    """Build the base model where it is missing: on the first rank of each machine, for which the others wait."""
+    logger.info("preparing the small base model (a minute of training where it is not cached)")
+    folder = ensure_base(BaseSettings(), build_here=int(os.environ.get("LOCAL_RANK", "0")) <= 0)
+    logger.info("base model and data: %s", folder)
 
 
 def held_out(folder: Path) -> dict[str, Dataset]:
