@@ -12,6 +12,7 @@ says where each of their sizes is read, and what stands in for it where a model 
                      of what the queries leave, which are as wide as the input of the attention's other matrix; else
                      the head_dim and num_key_value_heads of the configuration; else h
     heads a          num_attention_heads of the configuration; else 1
+    first inputs     entries of the matrices of the first attention but its last, which is that of the output; else 0
 
 `differences` names in what else a model is not as the formulas take it to be.
 """
@@ -45,6 +46,7 @@ class Architecture:
         heads: of the queries.
         layers: L.
         vocabulary: V.
+        first_inputs: entries of the matrices that see the embeddings, whose input needs no gradient.
         differences: in what the model is not a decoder of the Llama family.
     """
 
@@ -54,6 +56,7 @@ class Architecture:
     heads: int
     layers: int
     vocabulary: int
+    first_inputs: int
     differences: tuple[str, ...]
 
 
@@ -76,6 +79,7 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         heads=_size(text, "num_attention_heads") or 1,
         layers=len(blocks),
         vocabulary=_head(model).shape[0],
+        first_inputs=_first_inputs(blocks),
         differences=_differences(model, stacks, hidden, intermediate),
     )
 
@@ -151,6 +155,11 @@ def _key_width(blocks: list[nn.Module]) -> int | None:
     return None
 
 
+def _first_inputs(blocks: list[nn.Module]) -> int:
+    attentions = [module for block in blocks[:1] for module in block.modules() if _is_named(module, _ATTENTION)]
+    return sum(outputs * inputs for outputs, inputs in _matrices(attentions[0])[:-1]) if attentions else 0
+
+
 def _key_width_by(text: Any, hidden: int) -> int:
     """Return the width of the keys by the configuration."""
     heads = _size(text, "num_attention_heads")
@@ -185,7 +194,11 @@ def _differences(model: nn.Module, stacks: list[list[nn.Module]], hidden: int, i
 
 def _has(block: nn.Module, names: tuple[str, ...]) -> bool:
     """Tell whether a layer has a module whose class is named so."""
-    return any(name in type(module).__name__ for module in block.modules() for name in names)
+    return any(_is_named(module, names) for module in block.modules())
+
+
+def _is_named(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(name in type(module).__name__ for name in names)
 
 
 def _is_gated(block: nn.Module, hidden: int, intermediate: int) -> bool:
