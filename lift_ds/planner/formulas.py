@@ -48,6 +48,8 @@ class Setting:
         tile: entries of a weight's gradient that LIFT forms at a time.
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
+        early: of U, entries that come before all that is trained.
+        ends: of U, entries of the embeddings and of the head.
         checkpointing: whether a layer is computed again in its backward.
         last_products: entries of the managed matrices whose product ends a layer, and is not computed again.
         layers: L.
@@ -68,6 +70,8 @@ class Setting:
     tile: int = GRADIENT_TILE
     placement: str = "sharded"
     first_inputs: int = 0
+    early: int = 0
+    ends: int = 0
     checkpointing: bool = False
     last_products: int = 0
     layers: int = 1
@@ -228,9 +232,10 @@ def network_step(setting: Setting) -> dict[str, float]:
     nothing; DeepSpeed reduces all the same. ZeRO-3 in detail:
 
         - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
-        - Of the unmanaged parameters all are fetched forward, and backward about half: the head, not the embeddings.
-        - Activation checkpointing fetches the weights once more, but for the last product of a layer, which is not
-          computed again (LoRA's is, its adapter comes after it), and all of the unmanaged ones twice.
+        - Frozen parameters are fetched forward and backward too, but for those before all that is trained, which no
+          backward reaches: the embeddings, as a rule.
+        - Activation checkpointing lets backward reach these, and fetches what lies within layers once more, but for the
+          last product of a layer, which is not computed again (LoRA's is, its adapter comes after it).
         - What `live` lets it keep from forward to backward is not fetched again. In full fine-tuning neither is a
           layer from its second forward to its backward; frozen weights are let go of there whatever the limit.
 
@@ -268,14 +273,14 @@ def written_back(setting: Setting) -> int:
 
 def _weights_fetched(setting: Setting) -> float:
     """Elements of weights and frozen parameters that ZeRO-3 fetches in a step."""
-    managed, total = setting.managed, setting.managed + setting.unmanaged
+    total = setting.managed + setting.unmanaged
     if not setting.checkpointing:
         first = setting.first_inputs if setting.method == "lora" else 0
-        return max(total, 2 * managed + 1.5 * setting.unmanaged - first - setting.kept)
-    again = managed - (setting.last_products if setting.method != "lora" else 0)
+        return max(total, 2 * total - setting.early - first - setting.kept)
+    again = total - setting.ends - (setting.last_products if setting.method != "lora" else 0)
     if setting.method == "full" and setting.live >= total // setting.layers:
         again = 0
-    return max(total, 2 * managed + 2 * setting.unmanaged - setting.kept) + again
+    return max(total, 2 * total - setting.kept) + again
 
 
 def network_refresh(setting: Setting) -> dict[str, float]:
