@@ -11,6 +11,7 @@ peak of a step, the peak of a step with its refresh. Exit code 1 when a count is
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -23,9 +24,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
-from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import peak
-from lift_ds.planner.formulas import GRADIENTS, Setting, persistent
+from lift_ds.planner.estimate import Choice, setting_for
+from lift_ds.planner.formulas import GRADIENTS, persistent
 from lift_ds.planner.models import facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
@@ -112,16 +113,8 @@ def _step(engine: Any, tokens: int, ledger: Ledger) -> None:
 
 
 def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:
-    setting = Setting(
-        method="lift",
-        stage=2,
-        ranks=1,
-        shapes=tuple(facts.shapes.values()),
-        trained=tuple(facts.entries.values()),
-        unmanaged=sum(facts.others),
-        bucket=_BUCKET,
-        tile=HOST_GRADIENT_TILE,
-    )
+    setting = setting_for(facts, config, Choice("lift", stage=2, checkpointing=True), 1, device_type="cpu")
+    setting = dataclasses.replace(setting, bucket=_BUCKET)
     work = Activations(
         tokens=tokens,
         hidden=facts.hidden,

@@ -31,15 +31,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
-from holdings import categories, sizes
+from holdings import categories
 
 import lift_ds
-from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import formulas
+from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
+from lift_ds.planner.models import build_on_meta, facts_of
 from lift_ds.planner.peak import Activations, peak
 from lift_ds.study.counting import Ledger, Window, bytes_by_category, walk_storages
-from lift_ds.study.llamas import build_llama, dense_engine, lora_rank
+from lift_ds.study.llamas import build_llama, dense_engine, llama_config, lora_rank
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
@@ -107,29 +108,30 @@ def build_engine(case: Case) -> Any:
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.method.startswith("lift"):
-        block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
-        block["index_placement"] = placement_of(case)
-        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
+        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": lift_block(case)})[0]
     return dense_engine(model, case.method, case.rank, ds_config(case))
 
 
-def placement_of(case: Case) -> str:
-    """Return where the index of a case lies in ZeRO 1 and 2."""
-    return "replicated" if case.method == "lift-replicated" else "sharded"
+def lift_block(case: Case) -> Record:
+    """Return LIFT's settings of a case."""
+    return {
+        "budget_rank": case.rank,
+        "lra_rank": case.rank,
+        "refresh_interval": _WARM_UP + 2,
+        "index_placement": "replicated" if case.method == "lift-replicated" else "sharded",
+    }
 
 
 def count(case: Case) -> Record:
     """Train a few steps on this rank and count; runs on every rank of the case."""
     with Ledger(case.ranks) as ledger:
         engine = build_engine(case)
-        shapes, trained, unmanaged = sizes(engine.module)
         for _ in range(_WARM_UP):
             _step(engine, case, ledger)
         window, held = _step(engine, case, ledger)
         between = _holdings(engine, ledger)
         walked = sum(storage.nbytes() for storage in walk_storages())
         found: Record = {
-            "shapes": shapes, "trained": trained, "unmanaged": unmanaged,
             "persistent": between | {GRADIENTS: held[GRADIENTS]},
             "start": window.start_bytes, "unseen_by_walk": ledger.live_bytes - walked, "step": _as_json(window),
         }  # fmt: skip
@@ -168,24 +170,14 @@ def _as_json(window: Window) -> Record:
     }
 
 
-def setting_of(case: Case, sizes_found: Record) -> formulas.Setting:
+def setting_of(case: Case) -> formulas.Setting:
     """Return what the formulas need to know about a case."""
-    return formulas.Setting(
-        method="lift" if case.method.startswith("lift") else case.method,
-        stage=case.stage,
-        ranks=case.ranks,
-        shapes=tuple((rows, columns) for rows, columns in sizes_found["shapes"]),
-        trained=tuple(sizes_found["trained"]),
-        unmanaged=sizes_found["unmanaged"],
-        bucket=case.hidden**2,
-        placement=placement_of(case),
-        first_inputs=3 * case.hidden**2,
-        checkpointing=case.checkpointing,
-        last_products=case.layers * case.hidden * case.intermediate,
-        layers=case.layers,
-        live=case.live,
-        tile=HOST_GRADIENT_TILE,
-    )
+    config = lift_ds.LiftConfig.from_dict(lift_block(case))
+    model = llama_config(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
+    facts = facts_of(str(case), model, build_on_meta(model, config))
+    choice = Choice(case.method.removesuffix("-replicated"), case.stage, checkpointing=case.checkpointing)
+    setting = setting_for(facts, config, choice, case.ranks, device_type="cpu", matrices_alone=True)
+    return dataclasses.replace(setting, bucket=case.hidden**2, live=case.live)
 
 
 def activations_of(case: Case) -> Activations:
@@ -210,7 +202,7 @@ def summarise(case: Case, found: list[Record]) -> Record:
         case: the configuration.
         found: what `count` returned on each rank; memory is that of the rank that holds most.
     """
-    setting = setting_of(case, found[0])
+    setting = setting_of(case)
     managed = setting.managed
 
     def worst(*path: str) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lift_ds.model.layers import principal_layers
-from lift_ds.model.partition import logical_shape
 from lift_ds.planner.formulas import GRADIENTS, INDEX, MASTER, MOMENTS, TRAINED, UNMANAGED, WEIGHTS
 
 #: Linear layers of a Llama that all methods work on; PEFT calls the original one `base_layer`.
@@ -90,12 +89,3 @@ def _nested(thing: Any) -> Iterator[Tensor]:
     elif isinstance(thing, (list, tuple)):
         for part in thing:
             yield from _nested(part)
-
-
-def sizes(model: nn.Module) -> tuple[list[tuple[int, int]], list[int], int]:
-    """Return shapes of the managed matrices, elements of each trained parameter, elements of the unmanaged ones."""
-    managed = managed_weights(model)
-    shapes = [(logical_shape(p)[0], logical_shape(p)[1]) for p in managed.values()]
-    trained = [logical_shape(p).numel() for p in model.parameters() if p.requires_grad]
-    known = {id(p) for p in (*managed.values(), *trained_apart(model), *index_parameters(model))}
-    return shapes, trained, sum(logical_shape(p).numel() for p in model.parameters() if id(p) not in known)

@@ -12,19 +12,21 @@ says where each of their sizes is read, and what stands in for it where a model 
                      of what the queries leave, which are as wide as the input of the attention's other matrix; else
                      the head_dim and num_key_value_heads of the configuration; else h
     heads a          num_attention_heads of the configuration; else 1
+    first inputs     entries of the managed matrices of the first attention but its last, that of the output; else 0
 
 `differences` names in what else a model is not as the formulas take it to be.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lift_ds.model.layers import principal_layers
+from lift_ds.model.layers import PrincipalLayer, principal_layers
 
 #: Names of the matrices that make the keys, and of those that make queries, keys and values at once.
 _KEYS = ("k_proj", "key", "k", "key_proj", "k_lin", "Wk")
@@ -45,6 +47,9 @@ class Architecture:
         heads: of the queries.
         layers: L.
         vocabulary: V.
+        first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
+        early: entries of the frozen parameters that come before all that is trained: no backward reaches them.
+        ends: entries of the embeddings and of the head, where they are frozen.
         differences: in what the model is not a decoder of the Llama family.
     """
 
@@ -54,6 +59,9 @@ class Architecture:
     heads: int
     layers: int
     vocabulary: int
+    first_inputs: int
+    early: int
+    ends: int
     differences: tuple[str, ...]
 
 
@@ -76,6 +84,9 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         heads=_size(text, "num_attention_heads") or 1,
         layers=len(blocks),
         vocabulary=_head(model).shape[0],
+        first_inputs=_first_inputs(blocks),
+        early=_early(model),
+        ends=_ends(model),
         differences=_differences(model, stacks, hidden, intermediate),
     )
 
@@ -110,9 +121,14 @@ def _embedding(model: Any) -> Any:
     return model.get_input_embeddings().weight
 
 
+def _output(model: Any) -> Any:
+    """Return the weight of the output head, which may be that of the embeddings too; None without a head."""
+    return getattr(model.get_output_embeddings(), "weight", None)
+
+
 def _head(model: Any) -> Any:
-    head = model.get_output_embeddings()
-    return _embedding(model) if getattr(head, "weight", None) is None else head.weight
+    head = _output(model)
+    return _embedding(model) if head is None else head
 
 
 def _matrices(block: nn.Module) -> list[tuple[int, int]]:
@@ -151,6 +167,27 @@ def _key_width(blocks: list[nn.Module]) -> int | None:
     return None
 
 
+def _first_inputs(blocks: list[nn.Module]) -> int:
+    attentions = [module for block in blocks[:1] for module in block.modules() if _is_named(module, _ATTENTION)]
+    linear = [
+        module for found in attentions[:1] for module in found.modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    return sum(module.weight.numel() for module in linear[:-1] if isinstance(module, PrincipalLayer))
+
+
+def _early(model: Any) -> int:
+    managed = {id(layer.weight) for _, layer in principal_layers(model)}
+    frozen = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
+    head = _output(model)
+    return sum(parameter.numel() for parameter in frozen if id(parameter) not in managed and parameter is not head)
+
+
+def _ends(model: Any) -> int:
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = {id(weight): weight for weight in (*embeddings, _head(model))}
+    return sum(weight.numel() for weight in ends.values() if not weight.requires_grad)
+
+
 def _key_width_by(text: Any, hidden: int) -> int:
     """Return the width of the keys by the configuration."""
     heads = _size(text, "num_attention_heads")
@@ -185,7 +222,11 @@ def _differences(model: nn.Module, stacks: list[list[nn.Module]], hidden: int, i
 
 def _has(block: nn.Module, names: tuple[str, ...]) -> bool:
     """Tell whether a layer has a module whose class is named so."""
-    return any(name in type(module).__name__ for module in block.modules() for name in names)
+    return any(_is_named(module, names) for module in block.modules())
+
+
+def _is_named(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return any(name in type(module).__name__ for name in names)
 
 
 def _is_gated(block: nn.Module, hidden: int, intermediate: int) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from lift_ds.config import LiftConfig
+from lift_ds.model.layers import GRADIENT_TILE, HOST_GRADIENT_TILE
 from lift_ds.planner import formulas, peak, speed
-from lift_ds.planner.formulas import GRADIENTS, Setting
+from lift_ds.planner.formulas import Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts
 from lift_ds.planner.peak import Activations
@@ -60,11 +62,11 @@ class Choice:
 
     method: str
     stage: int
-    offload: bool
-    micro_batch: int
-    accumulation: int
-    checkpointing: bool
-    sequence: int
+    offload: bool = False
+    micro_batch: int = 1
+    accumulation: int = 1
+    checkpointing: bool = False
+    sequence: int = 2048
 
 
 @dataclass(frozen=True)
@@ -112,33 +114,55 @@ class Estimate:
         return self.missing == 0
 
 
-def setting_for(facts: ModelFacts, config: LiftConfig, choice: Choice, ranks: int) -> Setting:
-    """Return what the formulas need to know about a choice.
+def setting_for(
+    facts: ModelFacts,
+    config: LiftConfig,
+    choice: Choice,
+    ranks: int,
+    *,
+    device_type: str = "cuda",
+    matrices_alone: bool = False,
+) -> Setting:
+    """Return what the formulas need to know about a run; buckets and limits are those of the files that a plan writes.
 
-    Full fine-tuning trains every parameter here, LoRA has adapters of the budget's size on the matrices that LIFT
-    manages.
+    LoRA has adapters of the budget's size on the matrices that LIFT manages, and trains densely what LIFT does.
+
+    Args:
+        facts: of the model.
+        config: LIFT's settings, by which the facts were found.
+        choice: of the user.
+        ranks: N.
+        device_type: "cpu", "cuda", ...
+        matrices_alone: whether full fine-tuning trains the managed matrices alone, not every parameter.
     """
-    shapes = tuple(facts.shapes.values())
-    unmanaged = sum(facts.others)
-    if choice.method == "full":
-        shapes += tuple((size, 1) for size in facts.others)
-        trained: tuple[int, ...] = tuple(rows * columns for rows, columns in shapes)
-        unmanaged = 0
-    else:
-        # LoRA of rank R has R (m + n) numbers, of which the one adapter has R n and the other R m; as one they sum up.
-        trained = tuple(facts.entries.values())
+    shapes, dense, others = tuple(facts.shapes.values()), facts.dense, facts.others
+    early = facts.early
+    if choice.method == "full" and not matrices_alone:
+        shapes += tuple((size, 1) for size in (*map(math.prod, dense), *others))
+        dense, others, early = (), (), 0
+    trained = {
+        "full": [rows * columns for rows, columns in shapes],
+        "lora": [size for name, k in facts.entries.items() for size in _adapters(k, *facts.shapes[name])],
+        "lift": facts.entries.values(),
+    }
     partitioned = choice.stage == 3
     return Setting(
         method=choice.method,
         stage=choice.stage,
         ranks=ranks,
         shapes=shapes,
-        trained=trained,
-        unmanaged=unmanaged,
+        trained=tuple(trained[choice.method]),
+        dense=dense,
+        others=others,
+        block_shape=config.block_shape,
         bucket=facts.hidden**2 if partitioned else BUCKET,
         live=LIVE if partitioned else 0,
         offload=choice.offload,
+        tile=HOST_GRADIENT_TILE if device_type == "cpu" else GRADIENT_TILE,
         placement=config.index_placement,
+        first_inputs=facts.first_inputs,
+        early=early,
+        ends=facts.ends,
         checkpointing=choice.checkpointing,
         # The product that ends a layer of a decoder comes from the feed-forward width.
         last_products=sum(rows * columns for rows, columns in shapes if columns == facts.intermediate),
@@ -146,7 +170,13 @@ def setting_for(facts: ModelFacts, config: LiftConfig, choice: Choice, ranks: in
     )
 
 
-def activations_for(facts: ModelFacts, config: LiftConfig, choice: Choice) -> Activations:
+def _adapters(k: int, rows: int, columns: int) -> tuple[int, int]:
+    """Return the elements of LoRA's two adapters, R n and R m, which are k together."""
+    first = k * columns // (rows + columns)
+    return first, k - first
+
+
+def activations_for(facts: ModelFacts, choice: Choice) -> Activations:
     """Return the sizes of a micro-batch."""
     adapters = 0
     if choice.method == "lora":
@@ -175,18 +205,17 @@ def estimate(facts: ModelFacts, config: LiftConfig, choice: Choice, cluster: Clu
         cluster: where.
     """
     setting = setting_for(facts, config, choice, cluster.ranks)
-    work = activations_for(facts, config, choice)
+    work = activations_for(facts, choice)
     persistent = formulas.persistent(setting)
     lift = choice.method == "lift"
     refresh = refresh_work(facts, config, cluster.ranks, choice.stage) if lift else None
-    base = sum(persistent.values()) - (0.0 if choice.stage == 3 else persistent[GRADIENTS])
-    moments = {moment: base + size for moment, size in peak.moments(setting, work).items()}
+    moments = peak.in_all(setting, work)
     if refresh is not None:
         moments[REFRESH] = sum(persistent.values()) + refresh.memory
     network = speed.network_of_step(setting, work)
     time = speed.step_time(
         setting, work, cluster.hardware, cluster.nodes, choice.sequence, config.refresh_interval,
-        float(max(refresh.operations)) if refresh else 0.0,
+        float(refresh.slowest) if refresh else 0.0,
     )  # fmt: skip
     return Estimate(
         choice=choice,

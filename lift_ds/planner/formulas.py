@@ -2,37 +2,45 @@
 
 Symbols: M entries of the managed matrices, K trained entries, d = K/M the density, U entries of all other parameters
 (frozen), N ranks. Weights and gradients are bf16, 2 bytes; master values and moments fp32. The table in the docstring
-of each function is what it computes. `benchmarks/footprint.py` counts the same quantities in real runs of DeepSpeed
-and puts these beside them; what a formula follows from is DeepSpeed's and transformers' code, read with those counts.
+of each function is what it computes; index is the size of an index over that of its matrix. `benchmarks/footprint.py`
+counts the same quantities in real runs of DeepSpeed and puts these beside them; what a formula follows from is
+DeepSpeed's and transformers' code, read with those counts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
+from lift_ds.index.encoding import word_count
 from lift_ds.model.layers import GRADIENT_TILE
+from lift_ds.runtime.ranks import shard_size
 
 #: Categories of persistent bytes, in the order of the tables.
 WEIGHTS, UNMANAGED, TRAINED, INDEX = "weights", "unmanaged", "trained apart", "index"
 GRADIENTS, MASTER, MOMENTS, OTHER = "gradients", "master", "moments", "other"
 CATEGORIES = (WEIGHTS, UNMANAGED, TRAINED, INDEX, GRADIENTS, MASTER, MOMENTS, OTHER)
 
-#: Bytes of a value in bf16 and in fp32.
-LOW, HIGH = 2, 4
+#: Bytes of a value in bf16, of one in fp32, and of a word of an index.
+LOW, HIGH, WORD = 2, 4, 4
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One run, by its sizes.
+    """One run, by its sizes; `estimate.setting_for` makes it for a model.
 
     Args:
         method: "full" (the managed matrices alone), "lora" or "lift".
         stage: of ZeRO.
         ranks: N.
         shapes: [m, n] of the managed matrices.
-        trained: elements of each trained parameter; for "lift" k of each matrix, in the order of `shapes`.
-        unmanaged: U.
+        trained: elements of each adapter; in full fine-tuning of each weight; for "lift" k of each matrix, in the order
+            of `shapes`.
+        dense: shape of each parameter that is trained densely beside.
+        others: elements of each frozen parameter beside.
+        block_shape: of the blocks that an index is made of.
         bucket: elements of DeepSpeed's reduce bucket.
         live: elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
         sub_group: elements that ZeRO-3 updates at a time.
@@ -40,6 +48,8 @@ class Setting:
         tile: entries of a weight's gradient that LIFT forms at a time.
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
+        early: of U, entries that come before all that is trained.
+        ends: of U, entries of the embeddings and of the head.
         checkpointing: whether a layer is computed again in its backward.
         last_products: entries of the managed matrices whose product ends a layer, and is not computed again.
         layers: L.
@@ -50,7 +60,9 @@ class Setting:
     ranks: int
     shapes: tuple[tuple[int, int], ...]
     trained: tuple[int, ...]
-    unmanaged: int = 0
+    dense: tuple[tuple[int, ...], ...] = ()
+    others: tuple[int, ...] = ()
+    block_shape: tuple[int, int] = (1, 1)
     bucket: int = 0
     live: int = 0
     sub_group: int = 10**9
@@ -58,6 +70,8 @@ class Setting:
     tile: int = GRADIENT_TILE
     placement: str = "sharded"
     first_inputs: int = 0
+    early: int = 0
+    ends: int = 0
     checkpointing: bool = False
     last_products: int = 0
     layers: int = 1
@@ -67,10 +81,40 @@ class Setting:
         """M."""
         return sum(rows * columns for rows, columns in self.shapes)
 
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Elements of each trained parameter, by the groups of LiftAdamW: vectors have one of their own."""
+        groups: list[list[int]] = [[*self.trained], []]
+        for shape in self.dense:
+            groups[len(shape) < 2].append(math.prod(shape))
+        return groups
+
     @property
     def total_trained(self) -> int:
-        """K."""
-        return sum(self.trained)
+        """K, with what is trained densely beside."""
+        return sum(map(sum, self.groups))
+
+    @property
+    def total_dense(self) -> int:
+        """Elements that are trained densely beside."""
+        return sum(map(math.prod, self.dense))
+
+    @property
+    def unmanaged(self) -> int:
+        """U."""
+        return sum(self.others)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the model, θ and adapters apart."""
+        return self.managed + self.total_dense + self.unmanaged
+
+    @cached_property
+    def index_words(self) -> list[int]:
+        """Words of each whole index; none without LIFT."""
+        if self.method != "lift":
+            return []
+        return [word_count(*shape, k, self.block_shape) for shape, k in zip(self.shapes, self.trained, strict=True)]
 
     @property
     def kept(self) -> float:
@@ -78,11 +122,11 @@ class Setting:
 
         DeepSpeed keeps what is used again within as many elements as `live`, of both passes together.
         """
-        return min(self.managed + self.unmanaged, self.live / 2)
+        return min(self.parameters, self.live / 2)
 
     def share(self, elements: Iterable[int]) -> int:
         """Return how many elements a rank holds of parameters that are each cut into N equal shards."""
-        return sum(-(-count // self.ranks) for count in elements)
+        return sum(shard_size(count, self.ranks) for count in elements)
 
 
 def ring_share(kind: str, ranks: int) -> float:
@@ -91,25 +135,38 @@ def ring_share(kind: str, ranks: int) -> float:
     return passes * (ranks - 1) / ranks
 
 
-def index_sizes(setting: Setting) -> list[int]:
-    """Return the bytes of each whole index: m row counts and k columns of 2 bytes each, rounded up to 4."""
-    if setting.method != "lift":
-        return []
-    return [-(-(k + rows) // 2) * 4 for k, (rows, _) in zip(setting.trained, setting.shapes, strict=True)]
+def whole_index(setting: Setting) -> int:
+    """Return the bytes of all indices, whole."""
+    return WORD * sum(setting.index_words)
+
+
+def index_share(setting: Setting) -> int:
+    """Return the bytes a rank holds of indices that are cut into N shards."""
+    return WORD * setting.share(setting.index_words)
+
+
+def partition_size(elements: int, ranks: int) -> int:
+    """Return the elements of each of the N partitions of a group in ZeRO 1 and 2, an even number."""
+    return 2 * shard_size(elements, 2 * ranks)
+
+
+def own_partitions(setting: Setting) -> int:
+    """Return the elements of the partitions of all groups that a rank updates in ZeRO 1 and 2."""
+    return sum(partition_size(sum(group), setting.ranks) for group in setting.groups)
 
 
 def largest_partition(setting: Setting) -> int:
     """Return the elements of all parameters that have a part in one partition of ZeRO 1 or 2; the most of any rank.
 
-    The parameters lie end to end in one flat buffer of N equal partitions, of an even number of elements each.
+    The parameters of a group lie end to end in one flat buffer of N equal partitions.
     """
-    size = -(-setting.total_trained // (2 * setting.ranks)) * 2
     found = [0] * setting.ranks
-    start = 0
-    for count in setting.trained:
-        for rank in range(start // size, (start + count - 1) // size + 1):
-            found[rank] += count
-        start += count
+    for group in setting.groups:
+        size, start = partition_size(sum(group), setting.ranks), 0
+        for count in group:
+            for rank in range(start // size, (start + count - 1) // size + 1):
+                found[rank] += count
+            start += count
     return max(found)
 
 
@@ -120,10 +177,11 @@ def persistent(setting: Setting) -> dict[str, float]:
         weights                   2          2                   2/N
         θ or adapters             2 d        2 d                 2 d/N         none in full fine-tuning
         gradients                 2 d        2 d/N               2 d/N         d = 1 in full fine-tuning; ZeRO-1 too
-        index, LIFT               2 d + 2/n  1/N of it; or it    1/N of it     n columns; replicated or sharded
+        index, LIFT               index      1/N of it; or it    1/N of it     sharded or replicated
         master; moments           4 d; 8 d   4 d/N; 8 d/N        4 d/N; 8 d/N
         other                     -          -                   one reduce bucket
 
+    What is trained densely beside counts as θ does, with d = 1 of its own.
     In ZeRO-1 as in 2 DeepSpeed holds after backward the gradients of a rank's own partition; of a parameter cut by the
     border of a partition it holds all of it on both sides, which shows where parameters are few. Offloaded, master,
     moments and (in ZeRO-1/2) the gradients are on the host, see `host_memory`.
@@ -134,25 +192,24 @@ def persistent(setting: Setting) -> dict[str, float]:
     Returns:
         Category -> bytes.
     """
-    n, trained = setting.ranks, setting.total_trained
+    trained = setting.total_trained
     found: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
-    shapes = [rows * columns for rows, columns in setting.shapes]
     if setting.stage == 3:
-        shard = setting.share(setting.trained)
-        found[WEIGHTS] = LOW * setting.share(shapes)
-        found[UNMANAGED] = LOW * setting.unmanaged / n
+        shard = sum(map(setting.share, setting.groups))
+        found[WEIGHTS] = LOW * setting.share(map(math.prod, setting.shapes))
+        found[UNMANAGED] = LOW * setting.share(setting.others)
         found[TRAINED] = LOW * shard
         found[GRADIENTS] = LOW * shard
-        found[INDEX] = setting.share(index_sizes(setting))
+        found[INDEX] = index_share(setting)
         found[OTHER] = LOW * setting.bucket
     else:
-        shard = trained if setting.stage == 0 else trained // n
+        shard = trained if setting.stage == 0 else own_partitions(setting)
         found[WEIGHTS] = LOW * setting.managed
         found[UNMANAGED] = LOW * setting.unmanaged
         found[TRAINED] = LOW * trained
         found[GRADIENTS] = LOW * (trained if setting.stage == 0 else largest_partition(setting)) * (not setting.offload)
         sharded = setting.stage > 0 and setting.placement == "sharded"
-        found[INDEX] = setting.share(index_sizes(setting)) if sharded else sum(index_sizes(setting))
+        found[INDEX] = index_share(setting) if sharded else whole_index(setting)
     found[MASTER] = 0.0 if setting.offload else HIGH * shard
     found[MOMENTS] = 2 * found[MASTER]
     if setting.method == "full":
@@ -167,17 +224,18 @@ def network_step(setting: Setting) -> dict[str, float]:
         gradients                 2 d        2 d                   2 d           all_reduce; ZeRO-3 reduce_scatter
         updated values            -          2 d                   -             all_gather
         weights                   -          -                     2 + 2         all_gather, forward and backward
-        adapters, LoRA            -          -                     2 d + 2 d     likewise
-        index, sharded            -          2 d + 2/n             2 d + 2/n     all_gather, once, in backward
-        θ and index, write-back   -          -                     2 d + the index
+        adapters, LoRA            -          -                     2 d + 2 d     likewise; what is dense beside too
+        index, sharded            -          index                 index         all_gather, once, in backward
+        θ and index, write-back   -          -                     2 d + index
 
     d = 1 in full fine-tuning, whose values are its weights; a replicated index is not gathered. A single rank gathers
     nothing; DeepSpeed reduces all the same. ZeRO-3 in detail:
 
         - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
-        - Of the unmanaged parameters all are fetched forward, and backward about half: the head, not the embeddings.
-        - Activation checkpointing fetches the weights once more, but for the last product of a layer, which is not
-          computed again (LoRA's is, its adapter comes after it), and all of the unmanaged ones twice.
+        - Frozen parameters are fetched forward and backward too, but for those before all that is trained, which no
+          backward reaches: the embeddings, as a rule.
+        - Activation checkpointing lets backward reach these, and fetches what lies within layers once more, but for the
+          last product of a layer, which is not computed again (LoRA's is, its adapter comes after it).
         - What `live` lets it keep from forward to backward is not fetched again. In full fine-tuning neither is a
           layer from its second forward to its backward; frozen weights are let go of there whatever the limit.
 
@@ -192,32 +250,37 @@ def network_step(setting: Setting) -> dict[str, float]:
     if setting.stage < 3:
         found = {"all_reduce": float(gradients)}
         if setting.stage > 0 and n > 1:
-            found["all_gather"] = LOW * trained
+            found["all_gather"] = float(LOW * n * own_partitions(setting))
             if setting.placement == "sharded":
-                found["all_gather"] += setting.share(index_sizes(setting)) * n
+                found["all_gather"] += n * index_share(setting)
         return found
     if n == 1:
         return {"reduce_scatter": float(gradients)}
-    values, index = LOW * setting.share(setting.trained) * n, setting.share(index_sizes(setting)) * n
+    again = 1 - setting.kept / setting.parameters
     gathered = LOW * _weights_fetched(setting)
+    gathered += (1 + again) * LOW * n * setting.share(map(math.prod, setting.dense))
     if setting.method == "lora":
-        again = 1 + setting.checkpointing
-        gathered += (1 + again * (1 - setting.kept / (setting.managed + setting.unmanaged))) * values
+        gathered += (1 + (1 + setting.checkpointing) * again) * LOW * n * setting.share(setting.trained)
     elif setting.method == "lift":
-        gathered += values + 2 * index
+        gathered += n * (index_share(setting) + written_back(setting))
     return {"all_gather": float(gathered), "reduce_scatter": float(gradients)}
 
 
+def written_back(setting: Setting) -> int:
+    """Bytes of θ and index on a rank, which ZeRO-3 gathers for LIFT's write-back."""
+    return LOW * setting.share(setting.trained) + index_share(setting)
+
+
 def _weights_fetched(setting: Setting) -> float:
-    """Elements of frozen parameters that ZeRO-3 fetches in a step, adapters and θ apart."""
-    managed, total = setting.managed, setting.managed + setting.unmanaged
+    """Elements of weights and frozen parameters that ZeRO-3 fetches in a step."""
+    total = setting.managed + setting.unmanaged
     if not setting.checkpointing:
         first = setting.first_inputs if setting.method == "lora" else 0
-        return max(total, 2 * managed + 1.5 * setting.unmanaged - first - setting.kept)
-    again = managed - (setting.last_products if setting.method != "lora" else 0)
+        return max(total, 2 * total - setting.early - first - setting.kept)
+    again = total - setting.ends - (setting.last_products if setting.method != "lora" else 0)
     if setting.method == "full" and setting.live >= total // setting.layers:
         again = 0
-    return max(total, 2 * managed + 2 * setting.unmanaged - setting.kept) + again
+    return max(total, 2 * total - setting.kept) + again
 
 
 def network_refresh(setting: Setting) -> dict[str, float]:
@@ -239,12 +302,11 @@ def network_refresh(setting: Setting) -> dict[str, float]:
     """
     if setting.stage == 0:
         return {}
-    trained, index = setting.total_trained, sum(index_sizes(setting))
-    states = 3.0 * HIGH * trained
+    entries, index = sum(setting.trained), whole_index(setting)
     if setting.stage < 3:
-        return {"broadcast": float(index), "all_reduce": states}
-    gathered = float(setting.share(index_sizes(setting)) * setting.ranks)
-    found = {"broadcast": float(index + LOW * trained), "all_gather": states + gathered}
+        return {"broadcast": float(index), "all_reduce": 3.0 * HIGH * entries}
+    states = 3.0 * HIGH * setting.ranks * setting.share(setting.trained)
+    found = {"broadcast": float(index + LOW * entries), "all_gather": states + setting.ranks * index_share(setting)}
     if setting.ranks > 1:
-        found["gather"] = float(LOW * setting.managed)
+        found["gather"] = float(LOW * setting.ranks * setting.share(map(math.prod, setting.shapes)))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +36,15 @@ class ModelFacts(Architecture):
         name: as the user called it.
         shapes: dotted name -> (m, n) of each managed matrix, in the order of the model.
         entries: dotted name -> k.
-        others: elements of each parameter that LIFT does not manage.
+        dense: shape of each parameter that is trained densely beside: a new head, what `extra_trainable` names.
+        others: elements of each frozen parameter that is no managed matrix.
         left_out: sizes that its configuration leaves to transformers, see `configuration`.
     """
 
     name: str
     shapes: dict[str, tuple[int, int]]
     entries: dict[str, int]
+    dense: tuple[tuple[int, ...], ...]
     others: tuple[int, ...]
     left_out: tuple[str, ...] = ()
 
@@ -53,7 +56,7 @@ class ModelFacts(Architecture):
     @property
     def parameters(self) -> int:
         """All parameters of the model."""
-        return self.managed + sum(self.others)
+        return self.managed + sum(map(math.prod, self.dense)) + sum(self.others)
 
 
 def read_facts(model: str, config: LiftConfig) -> ModelFacts:
@@ -145,11 +148,13 @@ def facts_of(name: str, settings: Any, model: nn.Module) -> ModelFacts:
     """
     layers = dict(principal_layers(model))
     known = {id(p) for layer in layers.values() for p in (layer.weight, *layer.principal.parameters())}
+    beside = [parameter for parameter in model.parameters() if id(parameter) not in known]
     return ModelFacts(
         name=name,
         shapes={name: _shape(layer) for name, layer in layers.items()},
         entries={name: layer.entries() for name, layer in layers.items()},
-        others=tuple(p.numel() for p in model.parameters() if id(p) not in known),
+        dense=tuple(tuple(parameter.shape) for parameter in beside if parameter.requires_grad),
+        others=tuple(parameter.numel() for parameter in beside if not parameter.requires_grad),
         **vars(read_architecture(settings, model)),
     )
 

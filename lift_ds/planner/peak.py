@@ -9,10 +9,11 @@ RMSNorm in fp32, rotary embeddings, attention that does not store its scores, ga
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, Setting, index_sizes, persistent
-from lift_ds.zero.stores import WRITE_BACK_BATCH
+from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, WORD, Setting, persistent, whole_index
+from lift_ds.refresh.store import write_back_batches
 
 #: Moments of a step.
 FORWARD, FIRST_BACKWARD, LAST_BACKWARD, STEP = "loss", "backward, last layer", "backward, first layer", "step"
@@ -76,7 +77,7 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
                                 the weights it keeps or fetches: a matrix, with checkpointing a layer
         backward, first layer   what one layer saves, and the same; all gradients; the whole index in ZeRO-1/2
         step                    K/N gradients: as they are, joined (ZeRO-1, 2) and in fp32, 2 + 2 + 4; the whole index;
-                                or in ZeRO-3 what LIFT writes back at a time, 2 of θ and 2 of the index
+                                or in ZeRO-3 what LIFT writes back at a time, θ and the index of some matrices
 
     With several micro-batches the gradients are there at every moment. In ZeRO-1 they are whole until the step. In
     ZeRO-3 they are among what is held. Offloaded, the step takes place on the host.
@@ -124,34 +125,45 @@ def _gathered_index(setting: Setting) -> float:
     """Bytes of the whole index beside this rank's part of it, from backward to the write-back in ZeRO 1 and 2."""
     if setting.stage == 0 or setting.ranks == 1 or setting.placement == "replicated":
         return 0.0
-    return float(sum(index_sizes(setting)))
+    return float(whole_index(setting))
 
 
 def _weight_gradient(setting: Setting) -> float:
-    """Bytes of the largest gradient of a weight that is formed: LIFT forms tiles, LoRA none."""
-    if setting.method == "lora":
-        return 0.0
+    """Bytes of the largest gradient of a weight that is formed: LIFT forms tiles of the managed ones, LoRA none."""
     largest = max(rows * columns for rows, columns in setting.shapes)
-    return float(LOW * (min(largest, setting.tile) if setting.method == "lift" else largest))
+    formed = {"full": largest, "lora": 0, "lift": min(largest, setting.tile)}[setting.method]
+    return float(LOW * max([formed, *map(math.prod, setting.dense)]))
 
 
 def _step(setting: Setting) -> float:
     if setting.offload:
         return 0.0
     shard = setting.total_trained / (setting.ranks if setting.stage else 1)
-    if setting.stage == 3:  # updates a sub-group at a time; then LIFT gathers θ and I of some layers at a time
-        written = min(setting.total_trained, WRITE_BACK_BATCH) if setting.method == "lift" else 0
-        return max((LOW + HIGH) * min(shard, setting.sub_group), 2.0 * LOW * written)
+    if setting.stage == 3:  # updates a sub-group at a time
+        return max((LOW + HIGH) * min(shard, setting.sub_group), _written_at_a_time(setting))
     return (LOW + HIGH + LOW * (setting.stage > 0)) * shard
+
+
+def _written_at_a_time(setting: Setting) -> float:
+    """Bytes of θ and index that LIFT's write-back gathers together in ZeRO-3, at most."""
+    if setting.method != "lift":
+        return 0.0
+    sizes = [LOW * k + WORD * words for k, words in zip(setting.trained, setting.index_words, strict=True)]
+    return float(max(sum(sizes[batch]) for batch in write_back_batches(setting.trained)))
+
+
+def in_all(setting: Setting, work: Activations) -> dict[str, float]:
+    """Return `moments` with what is held between steps."""
+    between = persistent(setting)
+    base = sum(between.values()) - (0.0 if setting.stage == 3 else between[GRADIENTS])
+    return {moment: base + size for moment, size in moments(setting, work).items()}
 
 
 def peak(setting: Setting, work: Activations) -> tuple[str, float]:
     """Return the moment at which a rank holds most in a step without a refresh, and how many bytes that is in all."""
-    between = persistent(setting)
-    base = sum(between.values()) - (0.0 if setting.stage == 3 else between[GRADIENTS])
-    found = moments(setting, work)
+    found = in_all(setting, work)
     worst = max(found, key=lambda moment: found[moment])
-    return worst, base + found[worst]
+    return worst, found[worst]
 
 
 def host_memory(setting: Setting) -> float:

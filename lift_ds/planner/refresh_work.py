@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lift_ds.config import LiftConfig
 from lift_ds.planner.formulas import LOW
 from lift_ds.planner.models import ModelFacts
-from lift_ds.refresh.schedule import RefreshPlan, plan_refresh
+from lift_ds.refresh.schedule import RefreshPlan, held_bytes, plan_refresh
 from lift_ds.selection import MatrixSize, selection_cost
 from lift_ds.selection.memory import carry_memory, selection_memory
 
@@ -18,19 +18,30 @@ class RefreshWork:
 
     Args:
         matrices: how many each rank selects in.
-        operations: of each rank, by `selection_cost`.
+        parts: operations of each part of the refresh, by rank and `selection_cost`; the ranks wait for each other at
+            its end.
         memory: bytes it takes on the rank that needs most, beside what training holds between steps; the upper
             estimates by which `refresh_memory_gib` is kept.
     """
 
     matrices: list[int]
-    operations: list[int]
+    parts: list[list[int]]
     memory: float
 
     @property
+    def operations(self) -> list[int]:
+        """Operations of each rank."""
+        return [sum(of_rank) for of_rank in zip(*self.parts, strict=True)]
+
+    @property
+    def slowest(self) -> int:
+        """Operations that all ranks wait for: of the busiest rank in each part."""
+        return sum(map(max, self.parts))
+
+    @property
     def imbalance(self) -> float:
-        """Operations of the busiest rank over the mean."""
-        return max(self.operations) * len(self.operations) / sum(self.operations)
+        """Operations that all ranks wait for, over their mean."""
+        return self.slowest * len(self.matrices) / sum(self.operations)
 
 
 def refresh_work(facts: ModelFacts, config: LiftConfig, ranks: int, stage: int) -> RefreshWork:
@@ -53,21 +64,23 @@ def refresh_work(facts: ModelFacts, config: LiftConfig, ranks: int, stage: int) 
         name: selection_cost(size.rows, size.columns, config.lra_rank, plan.settings[name].solver)
         for name, size in sizes.items()
     }
-    jobs = [plan.jobs_of(rank) for rank in range(owners)]
     return RefreshWork(
-        matrices=[len(own) for own in jobs] * (ranks // owners),
-        operations=[sum(cost[name] for name in own) for own in jobs] * (ranks // owners),
-        memory=max(_memory({name: sizes[name] for name in own}, plan, collected) for own in jobs),
+        matrices=[len(plan.jobs_of(rank)) for rank in range(owners)] * (ranks // owners),
+        parts=[[sum(cost[name] for name in own) for own in jobs] * (ranks // owners) for jobs in plan.parts.values()],
+        memory=max(_memory(jobs, sizes, plan, collected) for jobs in plan.parts.values()),
     )
 
 
-def _memory(own: dict[str, MatrixSize], plan: RefreshPlan, collected: bool) -> float:
-    """Bytes of a rank's part: results waiting for the others, and the largest matrix at work."""
-    # An index takes two bytes an entry, and so do the weights there, which ZeRO-3 hands out with it.
-    waiting = sum(LOW * (1 + collected) * plan.settings[name].k for name in own)
-    largest = 0
-    for name, size in own.items():
-        settings = plan.settings[name]
-        selecting = selection_memory(size, settings) + (size.bytes if collected else 0)
-        largest = max(largest, selecting, carry_memory(settings.k))
-    return float(waiting + largest)
+def _memory(jobs: list[list[str]], sizes: dict[str, MatrixSize], plan: RefreshPlan, collected: bool) -> float:
+    """Bytes of a part on the rank that needs most: results waiting for the others, and one matrix at work."""
+    # Every rank carries over the states of all matrices, its own or not.
+    carrying = max(carry_memory(plan.settings[name].k) for own in jobs for name in own)
+
+    def of_rank(own: list[str]) -> int:
+        selecting = [
+            selection_memory(sizes[name], plan.settings[name]) + (sizes[name].bytes if collected else 0) for name in own
+        ]
+        waiting = sum(held_bytes(sizes[name], plan.settings[name], collected) for name in own)
+        return waiting + max(carrying, *selecting) if own else carrying
+
+    return float(max(map(of_rank, jobs)))

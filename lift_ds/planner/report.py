@@ -98,8 +98,9 @@ def _advice(plan: Plan) -> list[str]:
         )
     if row.refresh is not None:
         work = row.refresh
+        parts = f" in {len(work.parts)} parts" if len(work.parts) > 1 else ""
         lines.append(
-            f"  a refresh: {min(work.matrices)} to {max(work.matrices)} matrices a rank, the busiest "
+            f"  a refresh{parts}: {min(work.matrices)} to {max(work.matrices)} matrices a rank, the busiest "
             f"{work.imbalance - 1:.1%} above the mean; {work.memory / _GB:.2f} GB; "
             f"{sum(row.refresh_network.values()) / _GB:.1f} GB through the network in all"
         )

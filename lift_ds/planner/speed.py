@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lift_ds.planner.formulas import HIGH, LOW, Setting, index_sizes, network_refresh, network_step, ring_share
+from lift_ds.planner.formulas import (
+    HIGH,
+    LOW,
+    Setting,
+    index_share,
+    network_refresh,
+    network_step,
+    ring_share,
+    written_back,
+)
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.peak import Activations
 
@@ -124,18 +133,13 @@ def network_of_step(setting: Setting, work: Activations) -> dict[str, float]:
     more = work.accumulation - 1
     if setting.stage == 2 and more:
         sent["all_reduce"] += more * LOW * setting.total_trained
-        if "all_gather" in sent and setting.method == "lift" and setting.placement == "sharded":
-            sent["all_gather"] += more * setting.share(index_sizes(setting)) * setting.ranks
+        if "all_gather" in sent and setting.placement == "sharded":
+            sent["all_gather"] += more * setting.ranks * index_share(setting)
     elif setting.stage == 3 and more:
         sent = {kind: work.accumulation * size for kind, size in sent.items()}
         if setting.method == "lift" and setting.ranks > 1:  # written back once
-            sent["all_gather"] -= more * setting.ranks * _written_back(setting)
+            sent["all_gather"] -= more * setting.ranks * written_back(setting)
     return sent
-
-
-def _written_back(setting: Setting) -> int:
-    """Bytes of θ and index on a rank, which ZeRO-3 gathers for the write-back."""
-    return LOW * setting.share(setting.trained) + setting.share(index_sizes(setting))
 
 
 def _network_seconds(

@@ -85,7 +85,9 @@ def plan_refresh(
         parts[config.refresh_interval * part // count] = _deal(own, costs, ranks, first)
     # New indices, and where weights are collected the values there, wait on their owner until all have selected.
     held = max(
-        sum(_held(sizes[name], settings[name], collected) for name in own) for jobs in parts.values() for own in jobs
+        sum(held_bytes(sizes[name], settings[name], collected) for name in own)
+        for jobs in parts.values()
+        for own in jobs
     )
     for name, size in sizes.items():
         reserved = held + (size.bytes if collected else 0)
@@ -99,6 +101,7 @@ def _deal(names: Sequence[str], costs: Mapping[str, int], ranks: int, first: int
     return [dealt[(rank - first) % ranks] for rank in range(ranks)]
 
 
-def _held(size: MatrixSize, settings: SelectionSettings, collected: bool) -> int:
+def held_bytes(size: MatrixSize, settings: SelectionSettings, collected: bool) -> int:
+    """Return what a matrix's new index, and where weights are collected the values there, take on their owner."""
     words = word_count(size.rows, size.columns, settings.k, settings.block_shape)
     return 4 * words + (settings.k * size.itemsize if collected else 0)

@@ -18,6 +18,9 @@ from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.layers import PrincipalLayer
 from lift_ds.refresh.carry import MOMENTS, PrincipalState
 
+#: Entries of θ that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
+WRITE_BACK_BATCH = 2**25
+
 
 @dataclass(frozen=True)
 class NewIndex:
@@ -165,6 +168,22 @@ class DenseStore:
 
     def release(self) -> None:
         pass
+
+
+def write_back_batches(entries: Sequence[int]) -> list[slice]:
+    """Cut a sequence of matrices into the runs that are gathered together, of `WRITE_BACK_BATCH` entries or one matrix.
+
+    Args:
+        entries: k of each matrix.
+    """
+    batches: list[slice] = []
+    start = total = 0
+    for place, count in enumerate(entries):
+        if place > start and total + count > WRITE_BACK_BATCH:
+            batches.append(slice(start, place))
+            start, total = place, 0
+        total += count
+    return [*batches, slice(start, len(entries))] if entries else []
 
 
 def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Small exchanges between all ranks of a run, their agreement on what went wrong, and who does which part of a job.
+"""Small exchanges between all ranks of a run, their agreement on what went wrong, and who has which part.
 
 One process is a run of one rank.
 
@@ -77,6 +77,11 @@ def by_main(action: Callable[[], Value]) -> Value:
     """
     rank, _ = rank_and_count()
     return together(lambda: action() if rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+def shard_size(elements: int, ranks: int) -> int:
+    """Return how many elements a rank holds of what is cut into equal shards, the last of them padded."""
+    return -(-elements // ranks)
 
 
 def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ used, but a run on one rank is compared with what it calibrates where its method
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lift_ds.config import LiftConfig
-from lift_ds.model.layers import GRADIENT_TILE, HOST_GRADIENT_TILE
 from lift_ds.planner import peak, speed
+from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
@@ -55,38 +56,25 @@ class Calibration:
 
 
 @functools.lru_cache(maxsize=8)
-def facts(sizes: Sizes) -> ModelFacts:
-    """Return the planner's facts of a model, and LIFT's k of each matrix."""
+def facts(sizes: Sizes, method: str = "lift") -> ModelFacts:
+    """Return the planner's facts of a model, and LIFT's k of each matrix, or how many numbers its LoRA has."""
     config = llama_config(sizes.hidden, sizes.intermediate, sizes.layers, sizes.vocabulary, sizes.sequence)
-    return facts_of("study", config, build_on_meta(config, lift_config(sizes)))
+    return facts_of("study", config, build_on_meta(config, lift_config(sizes, method)))
 
 
-def lift_config(sizes: Sizes) -> LiftConfig:
-    """Return LIFT's settings in a study."""
+def lift_config(sizes: Sizes, method: str = "lift") -> LiftConfig:
+    """Return LIFT's settings in a study; for a LoRA those by which LIFT would train as many numbers."""
+    if method == "lora":
+        return LiftConfig(budget_rank=sizes.lora_rank, lra_rank=sizes.lora_rank)
     return LiftConfig(density=sizes.density, lra_rank=sizes.lora_rank)
 
 
 def setting_of(cell: Cell, device: str) -> Setting:
     """Return what the formulas need to know about a cell."""
-    sizes = cell.sizes
-    model = facts(sizes)
-    shapes = tuple(model.shapes.values())
-    trained: dict[str, tuple[int, ...]] = {
-        "full": tuple(rows * columns for rows, columns in shapes),
-        "lora": tuple(sizes.lora_rank * side for rows, columns in shapes for side in (columns, rows)),
-        "lift": tuple(model.entries.values()),
-    }
-    return Setting(
-        method=cell.method,
-        stage=cell.stage,
-        ranks=cell.ranks,
-        shapes=shapes,
-        trained=trained[cell.method],
-        unmanaged=sum(model.others),
-        bucket=sizes.bucket,
-        tile=HOST_GRADIENT_TILE if device == "cpu" else GRADIENT_TILE,
-        first_inputs=3 * sizes.hidden**2,
-    )
+    model, config = facts(cell.sizes, cell.method), lift_config(cell.sizes, cell.method)
+    choice = Choice(cell.method, cell.stage)
+    setting = setting_for(model, config, choice, cell.ranks, device_type=device, matrices_alone=True)
+    return dataclasses.replace(setting, bucket=cell.sizes.bucket, live=0)
 
 
 def activations_of(cell: Cell) -> Activations:

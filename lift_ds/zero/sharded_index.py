@@ -21,6 +21,7 @@ from deepspeed import comm
 from torch import Tensor
 
 from lift_ds.model.parameters import PrincipalIndex
+from lift_ds.runtime.ranks import shard_size
 
 _SAME_ORDER = (
     "ZeRO 1 and 2 reduce gradients in the order of backward, which has to be the same on every rank, also without "
@@ -59,7 +60,7 @@ class ShardedIndex:
     @torch.no_grad()
     def store(self, index: PrincipalIndex, words: Tensor) -> None:
         """Keep this rank's part of words that every rank has whole; no collective runs."""
-        size = -(-words.numel() // self._ranks)
+        size = shard_size(words.numel(), self._ranks)
         part = words[size * self._rank : size * (self._rank + 1)]
         shard = words.new_zeros(size)
         shard[: part.numel()] = part

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lift_ds.model.layers import PrincipalLayer
 from lift_ds.refresh.carry import MOMENTS, PrincipalState
-from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at
+from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
 from lift_ds.zero.partitioned import (
     assign,
     gathered,
@@ -41,9 +41,6 @@ from lift_ds.zero.partitioned import (
     weights_in_shard,
 )
 from lift_ds.zero.sharded_index import ShardedIndex
-
-#: Entries of θ and words of I that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
-WRITE_BACK_BATCH = 2**25
 
 
 class MasterCopyStore(DenseStore):
@@ -275,24 +272,10 @@ class PartitionedParameterStore(_RankedStore):
 
 def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLayer]:
     """Yield layers whose θ and I are whole meanwhile; one all-gather for each batch of them."""
-    for batch in _batches(layers, WRITE_BACK_BATCH):
-        principal = [layer.principal for layer in batch]
+    for batch in write_back_batches([layer.entries() for layer in layers]):
+        principal = [layer.principal for layer in layers[batch]]
         with gathered([p for one in principal for p in (one.values, one.index.words)]):
-            yield from batch
-
-
-def _batches(layers: Sequence[PrincipalLayer], limit: int) -> Iterator[list[PrincipalLayer]]:
-    """Cut a sequence of layers into runs of about `limit` entries."""
-    batch: list[PrincipalLayer] = []
-    entries = 0
-    for layer in layers:
-        if batch and entries + layer.entries() > limit:
-            yield batch
-            batch, entries = [], 0
-        batch.append(layer)
-        entries += layer.entries()
-    if batch:
-        yield batch
+            yield from layers[batch]
 
 
 def _read_fragments(values: Any) -> PrincipalState:

@@ -113,7 +113,7 @@ def test_the_peak_is_what_is_held_and_the_worst_moment(facts: ModelFacts) -> Non
     cluster = Cluster(1, 8, DEVICES["h100"])
     found = estimate.estimate(facts, CONFIG, choice, cluster)
     setting = estimate.setting_for(facts, CONFIG, choice, 8)
-    work = estimate.activations_for(facts, CONFIG, choice)
+    work = estimate.activations_for(facts, choice)
     assert found.persistent == persistent(setting)
     without_refresh = {name: size for name, size in found.moments.items() if name != estimate.REFRESH}
     assert max(without_refresh.values()) == peak.peak(setting, work)[1]
