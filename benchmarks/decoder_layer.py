@@ -1,7 +1,7 @@
 """One decoder layer of Llama-2-70B's shapes (8192, 28672), trained and refreshed on this machine within its plan.
 
-    python benchmarks/decoder_layer.py                    # 15 minutes beside other work
-    python benchmarks/decoder_layer.py --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
+    python -m benchmarks.decoder_layer                    # 15 minutes beside other work
+    python -m benchmarks.decoder_layer --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
 
 Real DeepSpeed, ZeRO-2, one rank, bf16, activation checkpointing, LIFT by the paper's settings; random weights. Every
 tensor storage is counted (`counting.Ledger`); printed beside the planner's estimate: what is held between steps, the
@@ -16,27 +16,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
+from benchmarks.measure.counting import Ledger
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, write_results
 from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import peak
 from lift_ds.planner.formulas import GRADIENTS, Setting, persistent
 from lift_ds.planner.models import facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
-from lift_ds.study.counting import Ledger
 
 #: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
 TOLERANCE = 0.05
 
 _BUCKET, _VOCABULARY, _STEPS = 10_000_000, 64, 3
-
-Record = dict[str, Any]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128, help="budget rank and rank of the approximation")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "decoder_layer.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decoder_layer.json")
     return parser.parse_args(arguments)
 
 
@@ -160,7 +157,7 @@ def judge(found: Record) -> list[Record]:
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write the JSON; 1 when a count is over its plan."""
     args = parse_arguments(arguments)
-    found = on_ranks.run_on_ranks(train, 1, args, limit=3000)[0]
+    found = run_on_ranks(train, 1, args, limit=3000)[0]
     rows = judge(found)
     managed, trained = found["plan"]["managed_parameters"], found["plan"]["trained_entries"]
     print(f"one layer of {args.hidden} x {args.intermediate}: {managed:,} managed parameters, {trained:,} trained")
@@ -172,8 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     steps = ", ".join(f"{step['seconds']:.0f} s" for step in found["steps"])
     print(f"first selection {found['seconds']['attach']:.0f} s; steps {steps}")
     values = {**vars(args), "output": args.output.name}
-    on_ranks.write_results(args.output, {"arguments": values, "budgets": rows, **found})
-    return 0 if all(row["pass"] for row in rows) else 1
+    write_results(args.output, {"arguments": values, "budgets": rows, **found})
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Memory and network of full fine-tuning, LoRA and LIFT on ZeRO 0 to 3: counted, beside what formulas say.
 
-    python benchmarks/footprint.py                      # every method, stage and 1, 2, 4 ranks; about ten minutes
-    python benchmarks/footprint.py --stages 2 --ranks 2
-    python benchmarks/footprint.py --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
+    python -m benchmarks.footprint                      # every method, stage and 1, 2, 4 ranks; about ten minutes
+    python -m benchmarks.footprint --stages 2 --ranks 2
+    python -m benchmarks.footprint --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
         --output benchmarks/results/footprint_checkpointing.json
 
 All methods train the same matrices of a small Llama in bf16 (embeddings, norms and head are frozen, and listed apart);
@@ -27,19 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
-from holdings import categories, sizes
 
 import lift_ds
+from benchmarks.measure.counting import Ledger, Window, bytes_by_category, walk_storages
+from benchmarks.measure.holdings import categories, sizes
+from benchmarks.measure.models import build_llama, dense_engine, lora_rank
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.model.layers import HOST_GRADIENT_TILE
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 from lift_ds.planner.peak import Activations, peak
-from lift_ds.study.counting import Ledger, Window, bytes_by_category, walk_storages
-from lift_ds.study.llamas import build_llama, dense_engine, lora_rank
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
@@ -53,8 +52,6 @@ PEAK_TOLERANCE = 0.05
 
 #: Steps before the one that is counted.
 _WARM_UP = 2
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -286,7 +283,7 @@ def budgets(records: list[Record]) -> list[Record]:
 
     def judge(name: str, record: Record, value: float, limit: float) -> None:
         where = f"ZeRO-{record['stage']}, {record['ranks']} ranks, {record['method']}"
-        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit})
+        found.append(judged(name, where, value, limit))
 
     for (method, stage, n), lift in by_case.items():
         if not method.startswith("lift"):
@@ -384,7 +381,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
     parser.add_argument("--live", type=int, default=0, help="parameters ZeRO-3 may keep gathered")
-    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "footprint.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "footprint.json")
     return parser.parse_args(arguments)
 
 
@@ -394,28 +391,25 @@ def main(arguments: list[str] | None = None) -> int:
     records, off = [], []
     for case in cases(args):
         start = time.perf_counter()
-        records.append(summarise(case, on_ranks.run_on_ranks(count, case.ranks, case)))
+        records.append(summarise(case, run_on_ranks(count, case.ranks, case)))
         off += (lines := deviations(records[-1]))
         state = "; ".join(lines) if lines else "agrees"
         print(f"{case}  {time.perf_counter() - start:5.1f} s  {state}", flush=True)
     print(table(records))
-    judged = budgets(records)
-    for entry in judged:
-        verdict = "pass" if entry["pass"] else "FAIL"
-        print(f"{verdict}  {entry['budget']:36} {entry['where']:36} {entry['value']:.4f} of {entry['limit']:.4f}")
+    print_budgets(found := budgets(records))
     for line in off:
         print(f"OFF   {line}")
-    on_ranks.write_results(
+    write_results(
         args.output,
         {
             "arguments": {**vars(args), "output": args.output.name},
             "units": "bytes per parameter of the managed matrices and rank; network: logical bytes of the collectives",
             "records": records,
-            "budgets": judged,
+            "budgets": found,
             "deviations": off,
         },
     )
-    return 1 if off or not all(entry["pass"] for entry in judged) else 0
+    return 1 if off else exit_code(found)
 
 
 if __name__ == "__main__":

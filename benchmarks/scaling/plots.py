@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lift_ds.study.cells import METHODS, STRONG, WEAK
-from lift_ds.study.summary import Scaling, Summary, scalings, summarise
-from lift_ds.study.table import Row
+from benchmarks.scaling.cells import METHODS, STRONG, WEAK
+from benchmarks.scaling.summary import Scaling, Summary, scalings, summarise
+from benchmarks.scaling.table import Row
 
 _COLORS = {"full": "tab:gray", "lora": "tab:orange", "lift": "tab:blue"}
 

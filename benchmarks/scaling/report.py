@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lift_ds.study.cells import Cell, Sizes
-from lift_ds.study.predict import calibrate
-from lift_ds.study.summary import Summary, comparisons, scalings, summarise
-from lift_ds.study.table import FAILED, OK, Row, cell_of
+from benchmarks.scaling.cells import Cell, Sizes
+from benchmarks.scaling.predict import calibrate
+from benchmarks.scaling.summary import Summary, comparisons, scalings, summarise
+from benchmarks.scaling.table import FAILED, OK, Row, cell_of
 
 _WHERE = ("method", "ZeRO", "scaling", "nodes", "ranks", "link", "tokens/rank")
 

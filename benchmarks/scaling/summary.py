@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lift_ds.study.cells import BASE, NO_LINK, PROBE, STRONG, Cell
-from lift_ds.study.table import OK, Row, cell_of
+from benchmarks.scaling.cells import BASE, NO_LINK, PROBE, STRONG, Cell
+from benchmarks.scaling.table import OK, Row, cell_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lift_ds.study.cells import Cell, Sizes
+from benchmarks.scaling.cells import Cell, Sizes
 
 #: A row: column -> value; None where nothing was measured, counted or predicted.
 Row = dict[str, Any]
