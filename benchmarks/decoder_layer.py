@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
 from benchmarks.measure.counting import Ledger
+from benchmarks.measure.models import ds_config, step
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, write_results
 from lift_ds.model.layers import HOST_GRADIENT_TILE
@@ -71,41 +73,19 @@ def train(args: argparse.Namespace) -> Record:
     lift_ds.attach(model, config)
     seconds["attach"] += time.perf_counter()
     facts = facts_of("one layer", settings, model)
-    engine = lift_ds.initialize(model=model, config=_ds_config(config))[0]
+    engine = lift_ds.initialize(model=model, config={**ds_config(2, 1, _BUCKET), "lift": config.to_dict()})[0]
     ledger = Ledger(1)
     steps: list[Record] = []
     with ledger:
         for parameter in model.parameters():
             parameter.view(-1)  # what was there before is seen when an operator takes it
-        for step in range(_STEPS):
+        for number in range(1, _STEPS + 1):
             start = time.perf_counter()
             with ledger.window() as window:
-                _step(engine, args.tokens, ledger)
+                step(engine, torch.randint(0, _VOCABULARY, (1, args.tokens)), partial(setattr, ledger, "phase"))
             steps.append({"bytes": window.start_bytes + window.peak_bytes, "seconds": time.perf_counter() - start})
-            print(f"step {step + 1}: {steps[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+            print(f"step {number}: {steps[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     return {"seconds": seconds, "steps": steps, "held": ledger.live_bytes, "plan": _plan(facts, config, args.tokens)}
-
-
-def _ds_config(config: lift_ds.LiftConfig) -> Record:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "lift": config.to_dict(),
-    }
-
-
-def _step(engine: Any, tokens: int, ledger: Ledger) -> None:
-    rows = torch.randint(0, _VOCABULARY, (1, tokens))
-    ledger.phase = "forward"
-    loss = engine(input_ids=rows, labels=rows).loss
-    ledger.phase = "backward"
-    engine.backward(loss)
-    del loss
-    ledger.phase = "step"
-    engine.step()
 
 
 def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:

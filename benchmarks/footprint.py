@@ -32,7 +32,7 @@ import torch
 import lift_ds
 from benchmarks.measure.counting import Ledger, Window, bytes_by_category, walk_storages
 from benchmarks.measure.holdings import categories, sizes
-from benchmarks.measure.models import build_llama, dense_engine, lora_rank
+from benchmarks.measure.models import build_llama, dense_engine, ds_config, lora_rank, step
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.model.layers import HOST_GRADIENT_TILE
@@ -75,39 +75,18 @@ class Case:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
 
 
-def ds_config(case: Case) -> Record:
-    """A DeepSpeed configuration whose buckets follow the width, and whose ZeRO-3 lets go of a layer after its use.
-
-    With DeepSpeed's own thresholds a model as small as this would stay gathered from forward to backward.
-    """
-    zero: Record = {"stage": case.stage, "reduce_bucket_size": case.hidden**2, "allgather_bucket_size": case.hidden**2}
-    if case.stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": case.live,
-            "stage3_max_reuse_distance": case.live,
-            "stage3_prefetch_bucket_size": 0,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": case.batch,
-        "zero_optimization": zero,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-    }
-
-
 def build_engine(case: Case) -> Any:
     """Build the engine of a method."""
     model: Any = build_llama(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Buckets follow the width, and ZeRO-3 lets go of a layer after its use.
+    config = ds_config(case.stage, case.batch, case.hidden**2, clipping=0.0, live=case.live)
     if case.method.startswith("lift"):
         block: Record = {"budget_rank": case.rank, "lra_rank": case.rank, "refresh_interval": _WARM_UP + 2}
         block["index_placement"] = placement_of(case)
-        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": block})[0]
-    return dense_engine(model, case.method, case.rank, ds_config(case))
+        return lift_ds.initialize(model=model, config={**config, "lift": block})[0]
+    return dense_engine(model, case.method, case.rank, config)
 
 
 def placement_of(case: Case) -> str:
@@ -137,16 +116,15 @@ def count(case: Case) -> Record:
 
 def _step(engine: Any, case: Case, ledger: Ledger) -> tuple[Window, dict[str, int]]:
     """One optimizer step; returns what was counted, and what was held between backward and step by category."""
-    tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence))
+    held: dict[str, int] = {}
+
+    def entering(phase: str) -> None:
+        if phase == "step":
+            held.update(_holdings(engine, ledger))
+        ledger.phase = phase
+
     with ledger.window() as window:
-        ledger.phase = "forward"
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        ledger.phase = "backward"
-        engine.backward(loss)
-        del loss
-        held = _holdings(engine, ledger)
-        ledger.phase = "step"
-        engine.step()
+        step(engine, torch.randint(0, case.vocabulary, (case.batch, case.sequence)), entering)
     return window, held
 
 

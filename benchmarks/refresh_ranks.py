@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import lift_ds
 from benchmarks.measure.counting import Ledger
+from benchmarks.measure.models import ds_config
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.selection import selection_cost
@@ -66,13 +67,16 @@ class Chain(nn.Module):
 def run(case: Case) -> Record:
     """Train a few steps, each with a refresh, on this rank."""
     torch.manual_seed(1)
-    engine = lift_ds.initialize(model=Chain(case).to(torch.bfloat16), config=_config(case))[0]
+    zero = {"stage3_param_persistence_threshold": 0} if case.stage == 3 else {}
+    block = {"budget_rank": case.budget_rank, "lra_rank": case.lra_rank, "refresh_interval": 1, "solver": "auto"}
+    config = {**ds_config(case.stage, 1, 10**6, clipping=0.0, **zero), "lift": block}
+    engine = lift_ds.initialize(model=Chain(case).to(torch.bfloat16), config=config)[0]
     cpu_seconds = [_step(engine, case) for _ in range(1 + case.refreshes)]
     with Ledger(case.ranks) as ledger, ledger.window() as window:
         _step(engine, case)
     driver = engine.optimizer.driver
     costs = {
-        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.solvers[name])
+        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.settings[name].solver)
         for layer, name in enumerate(driver.attachment.layers)
     }
     own = driver.plan.jobs_of(dist.get_rank())
@@ -86,20 +90,6 @@ def run(case: Case) -> Record:
         "one_matrix": max(costs.values()) / sum(costs.values()),
         "weight_bytes_received": window.received["gather"],
         "model_bytes": 2 * case.matrices * case.rows * case.columns,
-    }
-
-
-def _config(case: Case) -> Record:
-    zero: Record = {"stage": case.stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
-    if case.stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "lift": {"budget_rank": case.budget_rank, "lra_rank": case.lra_rank, "refresh_interval": 1, "solver": "auto"},
     }
 
 

@@ -9,7 +9,6 @@ Each run is an engine in fresh processes: DeepSpeed keeps parts of earlier engin
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import time
@@ -50,29 +49,12 @@ class Case:
         return models.lora_rank(self.density, self.hidden, self.intermediate)
 
 
-def ds_config(case: Case) -> Record:
-    """Return the DeepSpeed configuration of every method: that of ds_configs/lift_zero2.json, in bf16."""
-    return {
-        "train_micro_batch_size_per_gpu": case.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": True},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": case.stage,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-    }
-
-
 def build_engine(case: Case) -> Any:
     """Build the engine of a method over a Llama with random weights, the same on every rank."""
-    # No refresh within the run: benchmarks/refresh.py times those.
+    # As ds_configs/lift_zero2.json. No refresh within the run: benchmarks/refresh.py times those.
+    config = models.ds_config(case.stage, case.batch, 50_000_000, overlap_comm=True, contiguous_gradients=True)
     block = {"density": case.density, "lra_rank": case.lora_rank(), "refresh_interval": 10**6}
-    return models.build_engine(_build_model(case), case.method, case.lora_rank(), ds_config(case), block)
+    return models.build_engine(_build_model(case), case.method, case.lora_rank(), config, block)
 
 
 def _build_model(case: Case) -> Any:
@@ -104,7 +86,7 @@ def measure(case: Case) -> Record:
         tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
         torch.distributed.barrier()
         start = time.process_time()
-        spent, loss = _step(engine, tokens)
+        spent, loss = models.timed_step(engine, tokens)
         processor.append(time.process_time() - start)
         phases.append(spent)
         losses.append(loss)
@@ -117,24 +99,6 @@ def measure(case: Case) -> Record:
         "trained": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
         "peak_bytes": torch.cuda.max_memory_allocated() if case.device == "cuda" else None,
     }
-
-
-def _step(engine: Any, tokens: torch.Tensor) -> tuple[list[float], float]:
-    """One optimizer step; returns the seconds of forward, backward and step, and the loss."""
-    marks = [_now(tokens.device)]
-    loss = engine(input_ids=tokens, labels=tokens).loss
-    marks.append(_now(tokens.device))
-    engine.backward(loss)
-    marks.append(_now(tokens.device))
-    engine.step()
-    marks.append(_now(tokens.device))
-    return [stop - start for start, stop in itertools.pairwise(marks)], loss.item()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def cases_of(case: Case) -> list[Case]:

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.measure.records import Record
@@ -99,19 +100,9 @@ def grid_of(args: argparse.Namespace) -> Grid:
         twice = [value for value, count in Counter(getattr(args, name)).items() if count > 1]
         if twice:
             raise ValueError(f"--{name}: {twice[0]} is there twice")
-    return Grid(
-        methods=args.methods,
-        stages=args.stages,
-        ranks=args.ranks,
-        nodes=args.nodes,
-        scaling=args.scaling,
-        tokens=args.tokens,
-        sizes=Sizes(args.hidden, args.intermediate, args.layers, args.vocabulary, args.sequence, args.density),
-        link=args.link_name,
-        gbit=args.link_gbit,
-        steps=args.steps,
-        repetitions=args.repetitions,
-    )
+    sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
+    given: Record = {field.name: getattr(args, field.name, None) for field in fields(Grid)}
+    return Grid(**given | {"sizes": sizes, "link": args.link_name, "gbit": args.link_gbit})
 
 
 def runner_of(args: argparse.Namespace) -> Runner:
