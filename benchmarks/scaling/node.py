@@ -37,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = run_on_node(work, (job,), node, args.folder, job.device, job.limit, wanted)
     except RankError as error:
-        note_failure(args.folder, str(error))
+        if wanted():  # else another node was first
+            note_failure(args.folder, str(error))
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.node == 0:

@@ -221,7 +221,7 @@ def _supervise(commands: Sequence[Sequence[str]], folder: Path, limit: float) ->
     logs = [folder / f"node{number}.log" for number in range(len(commands))]
     nodes = [_start(command, log) for command, log in zip(commands, logs, strict=True)]
     try:
-        while any(node.poll() is None for node in nodes) and not any(node.poll() for node in nodes):
+        while None in (codes := [node.poll() for node in nodes]) and not any(codes):
             if time.monotonic() > deadline:
                 raise CellError(f"the nodes were not done within {limit:g} s")
             time.sleep(_INTERVAL)
@@ -231,10 +231,10 @@ def _supervise(commands: Sequence[Sequence[str]], folder: Path, limit: float) ->
             node.stdin.close()
         for node in nodes:
             _wait_for(node)
-    for number, node in enumerate(nodes):
-        if node.returncode:
+    for number, code in enumerate(codes):
+        if code:
             said = " ".join(logs[number].read_text(errors="replace").split())[-500:]
-            raise CellError(f"node {number} ended with {node.returncode}: {said}")
+            raise CellError(f"node {number} ended with {code}: {said}")
 
 
 def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
