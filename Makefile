@@ -60,14 +60,14 @@ test-cluster: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m cluster tests/cluster
 
 footprint: $(STAMP)
-	$(BIN)/python benchmarks/footprint.py
-	$(BIN)/python benchmarks/footprint.py --checkpointing --vocabulary 1024 --stages 1,2,3 \
+	$(BIN)/python -m benchmarks.footprint
+	$(BIN)/python -m benchmarks.footprint --checkpointing --vocabulary 1024 --stages 1,2,3 \
 		--output benchmarks/results/footprint_checkpointing.json
-	$(BIN)/python benchmarks/refresh_ranks.py
+	$(BIN)/python -m benchmarks.refresh_ranks
 
 speed: $(STAMP)
-	$(BIN)/python benchmarks/refresh.py
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.refresh
+	$(BIN)/python -m benchmarks.step
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info lift_ds/index/kernels/_host*.so lift_output

@@ -1,7 +1,7 @@
 """One decoder layer of Llama-2-70B's shapes (8192, 28672), trained and refreshed on this machine within its plan.
 
-    python benchmarks/decoder_layer.py                    # 15 minutes beside other work
-    python benchmarks/decoder_layer.py --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
+    python -m benchmarks.decoder_layer                    # 15 minutes beside other work
+    python -m benchmarks.decoder_layer --hidden 256 --intermediate 896 --heads 4 --key-value-heads 1   # seconds
 
 Real DeepSpeed, ZeRO-2, one rank, bf16, activation checkpointing, LIFT by the paper's settings; random weights. Every
 tensor storage is counted (`counting.Ledger`); printed beside the planner's estimate: what is held between steps, the
@@ -14,30 +14,29 @@ import argparse
 import dataclasses
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lift_ds
+from benchmarks.measure.counting import Ledger
+from benchmarks.measure.models import ds_config, step
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, write_results
 from lift_ds.planner import peak
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import GRADIENTS, persistent
 from lift_ds.planner.models import facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
-from lift_ds.study.counting import Ledger
 
 #: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
 TOLERANCE = 0.05
 
 _BUCKET, _VOCABULARY, _STEPS = 10_000_000, 64, 3
-
-Record = dict[str, Any]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=128, help="budget rank and rank of the approximation")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "decoder_layer.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "decoder_layer.json")
     return parser.parse_args(arguments)
 
 
@@ -75,41 +74,19 @@ def train(args: argparse.Namespace) -> Record:
     lift_ds.attach(model, config)
     seconds["attach"] += time.perf_counter()
     facts = facts_of("one layer", settings, model)
-    engine = lift_ds.initialize(model=model, config=_ds_config(config))[0]
+    engine = lift_ds.initialize(model=model, config={**ds_config(2, 1, _BUCKET), "lift": config.to_dict()})[0]
     ledger = Ledger(1)
     steps: list[Record] = []
     with ledger:
         for parameter in model.parameters():
             parameter.view(-1)  # what was there before is seen when an operator takes it
-        for step in range(_STEPS):
+        for number in range(1, _STEPS + 1):
             start = time.perf_counter()
             with ledger.window() as window:
-                _step(engine, args.tokens, ledger)
+                step(engine, torch.randint(0, _VOCABULARY, (1, args.tokens)), partial(setattr, ledger, "phase"))
             steps.append({"bytes": window.start_bytes + window.peak_bytes, "seconds": time.perf_counter() - start})
-            print(f"step {step + 1}: {steps[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
+            print(f"step {number}: {steps[-1]['seconds']:.0f} s", file=sys.stderr, flush=True)
     return {"seconds": seconds, "steps": steps, "held": ledger.live_bytes, "plan": _plan(facts, config, args.tokens)}
-
-
-def _ds_config(config: lift_ds.LiftConfig) -> Record:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "lift": config.to_dict(),
-    }
-
-
-def _step(engine: Any, tokens: int, ledger: Ledger) -> None:
-    rows = torch.randint(0, _VOCABULARY, (1, tokens))
-    ledger.phase = "forward"
-    loss = engine(input_ids=rows, labels=rows).loss
-    ledger.phase = "backward"
-    engine.backward(loss)
-    del loss
-    ledger.phase = "step"
-    engine.step()
 
 
 def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:
@@ -153,7 +130,7 @@ def judge(found: Record) -> list[Record]:
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, write the JSON; 1 when a count is over its plan."""
     args = parse_arguments(arguments)
-    found = on_ranks.run_on_ranks(train, 1, args, limit=3000)[0]
+    found = run_on_ranks(train, 1, args, limit=3000)[0]
     rows = judge(found)
     managed, trained = found["plan"]["managed_parameters"], found["plan"]["trained_entries"]
     print(f"one layer of {args.hidden} x {args.intermediate}: {managed:,} managed parameters, {trained:,} trained")
@@ -165,8 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     steps = ", ".join(f"{step['seconds']:.0f} s" for step in found["steps"])
     print(f"first selection {found['seconds']['attach']:.0f} s; steps {steps}")
     values = {**vars(args), "output": args.output.name}
-    on_ranks.write_results(args.output, {"arguments": values, "budgets": rows, **found})
-    return 0 if all(row["pass"] for row in rows) else 1
+    write_results(args.output, {"arguments": values, "budgets": rows, **found})
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Memory and network of full fine-tuning, LoRA and LIFT on ZeRO 0 to 3: counted, beside what formulas say.
 
-    python benchmarks/footprint.py                      # every method, stage and 1, 2, 4 ranks; about ten minutes
-    python benchmarks/footprint.py --stages 2 --ranks 2
-    python benchmarks/footprint.py --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
+    python -m benchmarks.footprint                      # every method, stage and 1, 2, 4 ranks; about ten minutes
+    python -m benchmarks.footprint --stages 2 --ranks 2
+    python -m benchmarks.footprint --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
         --output benchmarks/results/footprint_checkpointing.json
 
 All methods train the same matrices of a small Llama in bf16 (embeddings, norms and head are frozen, and listed apart);
@@ -27,20 +27,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
-from holdings import categories
 
 import lift_ds
+from benchmarks.measure.counting import Ledger, Window, bytes_by_category, walk_storages
+from benchmarks.measure.holdings import categories
+from benchmarks.measure.models import build_llama, dense_engine, ds_config, llama_config, lora_rank, step
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.planner import formulas
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 from lift_ds.planner.models import build_on_meta, facts_of
 from lift_ds.planner.peak import Activations, peak
-from lift_ds.study.counting import Ledger, Window, bytes_by_category, walk_storages
-from lift_ds.study.llamas import build_llama, dense_engine, llama_config, lora_rank
 
 METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
@@ -54,8 +53,6 @@ PEAK_TOLERANCE = 0.05
 
 #: Steps before the one that is counted.
 _WARM_UP = 2
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,37 +76,16 @@ class Case:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
 
 
-def ds_config(case: Case) -> Record:
-    """A DeepSpeed configuration whose buckets follow the width, and whose ZeRO-3 lets go of a layer after its use.
-
-    With DeepSpeed's own thresholds a model as small as this would stay gathered from forward to backward.
-    """
-    zero: Record = {"stage": case.stage, "reduce_bucket_size": case.hidden**2, "allgather_bucket_size": case.hidden**2}
-    if case.stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": case.live,
-            "stage3_max_reuse_distance": case.live,
-            "stage3_prefetch_bucket_size": 0,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": case.batch,
-        "zero_optimization": zero,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-    }
-
-
 def build_engine(case: Case) -> Any:
     """Build the engine of a method."""
     model: Any = build_llama(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Buckets follow the width, and ZeRO-3 lets go of a layer after its use.
+    config = ds_config(case.stage, case.batch, case.hidden**2, clipping=0.0, live=case.live)
     if case.method.startswith("lift"):
-        return lift_ds.initialize(model=model, config={**ds_config(case), "lift": lift_block(case)})[0]
-    return dense_engine(model, case.method, case.rank, ds_config(case))
+        return lift_ds.initialize(model=model, config={**config, "lift": lift_block(case)})[0]
+    return dense_engine(model, case.method, case.rank, config)
 
 
 def lift_block(case: Case) -> Record:
@@ -142,16 +118,15 @@ def count(case: Case) -> Record:
 
 def _step(engine: Any, case: Case, ledger: Ledger) -> tuple[Window, dict[str, int]]:
     """One optimizer step; returns what was counted, and what was held between backward and step by category."""
-    tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence))
+    held: dict[str, int] = {}
+
+    def entering(phase: str) -> None:
+        if phase == "step":
+            held.update(_holdings(engine, ledger))
+        ledger.phase = phase
+
     with ledger.window() as window:
-        ledger.phase = "forward"
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        ledger.phase = "backward"
-        engine.backward(loss)
-        del loss
-        held = _holdings(engine, ledger)
-        ledger.phase = "step"
-        engine.step()
+        step(engine, torch.randint(0, case.vocabulary, (case.batch, case.sequence)), entering)
     return window, held
 
 
@@ -278,7 +253,7 @@ def budgets(records: list[Record]) -> list[Record]:
 
     def judge(name: str, record: Record, value: float, limit: float) -> None:
         where = f"ZeRO-{record['stage']}, {record['ranks']} ranks, {record['method']}"
-        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit})
+        found.append(judged(name, where, value, limit))
 
     for (method, stage, n), lift in by_case.items():
         if not method.startswith("lift"):
@@ -376,7 +351,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
     parser.add_argument("--live", type=int, default=0, help="parameters ZeRO-3 may keep gathered")
-    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "footprint.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "footprint.json")
     return parser.parse_args(arguments)
 
 
@@ -386,28 +361,25 @@ def main(arguments: list[str] | None = None) -> int:
     records, off = [], []
     for case in cases(args):
         start = time.perf_counter()
-        records.append(summarise(case, on_ranks.run_on_ranks(count, case.ranks, case)))
+        records.append(summarise(case, run_on_ranks(count, case.ranks, case)))
         off += (lines := deviations(records[-1]))
         state = "; ".join(lines) if lines else "agrees"
         print(f"{case}  {time.perf_counter() - start:5.1f} s  {state}", flush=True)
     print(table(records))
-    judged = budgets(records)
-    for entry in judged:
-        verdict = "pass" if entry["pass"] else "FAIL"
-        print(f"{verdict}  {entry['budget']:36} {entry['where']:36} {entry['value']:.4f} of {entry['limit']:.4f}")
+    print_budgets(found := budgets(records))
     for line in off:
         print(f"OFF   {line}")
-    on_ranks.write_results(
+    write_results(
         args.output,
         {
             "arguments": {**vars(args), "output": args.output.name},
             "units": "bytes per parameter of the managed matrices and rank; network: logical bytes of the collectives",
             "records": records,
-            "budgets": judged,
+            "budgets": found,
             "deviations": off,
         },
     )
-    return 1 if off or not all(entry["pass"] for entry in judged) else 0
+    return 1 if off else exit_code(found)
 
 
 if __name__ == "__main__":

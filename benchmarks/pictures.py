@@ -40,7 +40,7 @@ HELD_COLOURS = ("#c7c7c7", "#1f77b4", "#ffbb78", "#d62728")
 PLANNED = ("7B", "13B", "32B", "70B")
 
 #: Keeps the files the same from run to run.
-STYLE = {"svg.hashsalt": "lift_ds", "font.size": 10}
+STYLE: Any = {"svg.hashsalt": "lift_ds", "font.size": 10}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,7 +93,7 @@ def idea() -> Figure:
 
 
 def _arrow(figure: Figure, start: tuple[float, float], end: tuple[float, float], bend: str) -> None:
-    style = {"arrowstyle": "-|>", "connectionstyle": bend, "mutation_scale": 14, "color": "#444444"}
+    style: Any = {"arrowstyle": "-|>", "connectionstyle": bend, "mutation_scale": 14, "color": "#444444"}
     figure.add_artist(matplotlib.patches.FancyArrowPatch(start, end, transform=figure.transFigure, **style))
 
 
@@ -129,8 +129,8 @@ def _counted(axes: Any) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     for place, total in enumerate(bottom):
         axes.text(place, total + 0.08, f"{total:.2f}", ha="center")
-    names = {"full": "full", "lora": "LoRA", "lift": "LIFT"}
-    axes.set_xticks(range(len(bars)), [f"{names[method]}\nZeRO-{stage}" for method, stage in bars], fontsize=9)
+    short = {"full": "full", "lora": "LoRA", "lift": "LIFT"}
+    axes.set_xticks(range(len(bars)), [f"{short[method]}\nZeRO-{stage}" for method, stage in bars], fontsize=9)
     axes.set(title="Held by a rank of four: counted", ylabel="bytes per managed parameter", ylim=(0, 6.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)

@@ -1,14 +1,14 @@
 """What selecting the principal weights of a matrix takes: time, memory, and how near it comes to the exact selection.
 
-    python benchmarks/refresh.py                                             # table, JSON and plot; some minutes
-    python benchmarks/refresh.py --matrices all --shapes 1024x2816           # every kind of matrix of tests/spectra.py
-    python benchmarks/refresh.py --weights lift_output                       # the matrices of a saved model
-    python benchmarks/refresh.py --device cuda --model llama-2-7b --whole    # a refresh of all matrices of a model
-    python benchmarks/refresh.py --largest                                   # memory of one 8192 x 28672 matrix
+    python -m benchmarks.refresh                                            # table, JSON and plot; some minutes
+    python -m benchmarks.refresh --matrices all --shapes 1024x2816          # every kind of matrix of measure/spectra.py
+    python -m benchmarks.refresh --weights lift_output                      # the matrices of a saved model
+    python -m benchmarks.refresh --device cuda --model llama-2-7b --whole   # a refresh of all matrices of a model
+    python -m benchmarks.refresh --largest                                  # memory of one 8192 x 28672 matrix
 
-The methods are described in benchmarks/selecting.py. They run in turns in one process, and medians are compared: what
-else runs on the machine falls on all of them. Memory is what torch's allocator held at a time beside the matrix
-(on a GPU torch.cuda.max_memory_allocated; on a CPU the same from the events of the allocator). "off" is the share of
+The methods are described in measure/selecting.py. They run in turns in one process, and medians are compared: what else
+runs on the machine falls on all of them. Memory is what torch's allocator held at a time beside the matrix (on a GPU
+torch.cuda.max_memory_allocated; on a CPU the same from the events of the allocator). "off" is the share of
 the selection that is not in the exact one, computed in float64; "estimated" what the solver itself expects of it.
 
 Exit code 1 when a budget is exceeded. The budgets on time are those of trained-like matrices on two cores; the ones on
@@ -24,16 +24,26 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from typing import Any
 
 import torch
-from records import RESULTS, Record, print_budgets, surroundings, write_json
 from safetensors import safe_open
-from selecting import METHODS, OWN, Measured, Outcome, Subject, measure, peak_beside, record, subject_of
-from spectra import SPECTRA, matrix
 from torch import Tensor
+
+from benchmarks.measure.plots import save_svg
+from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, surroundings, write_json
+from benchmarks.measure.selecting import (
+    METHODS,
+    OWN,
+    Measured,
+    Outcome,
+    Subject,
+    measure,
+    peak_beside,
+    record,
+    subject_of,
+)
+from benchmarks.measure.spectra import SPECTRA, matrix
 
 #: Kinds of matrices that are run where none are named; the first is the one whose times count.
 _MATRICES = ("trained-like", "power 0.6", "power 0.4", "gaussian")
@@ -44,6 +54,17 @@ _LARGEST = (8192, 28672)
 #: Baseline's seconds over those of a method, at least; share off the exact selection, at most; the same beyond the
 #: estimate; bytes beside the largest matrix.
 _FASTER, _OFF, _DISHONEST, _LARGEST_BYTES = {"chebyshev cold": 8.0, "chebyshev warm": 12.0}, 0.005, 0.005, 1.5e9
+
+#: A selection that is exact has no place on a logarithmic axis: it is drawn here.
+_LEAST = 1e-6
+
+_COLOURS = {
+    "baseline": "#7f7f7f",
+    "svd_lowrank": "#d62728",
+    "gram": "#1f77b4",
+    "chebyshev cold": "#2ca02c",
+    "chebyshev warm": "#ff7f0e",
+}
 
 #: Model -> (how many, rows, columns) of its managed matrices.
 MODELS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -212,8 +233,7 @@ def budgets(records: list[Record]) -> list[Record]:
 
     def judge(name: str, r: Record, value: float, limit: float, *, least: bool = False) -> None:
         where = f"{r['method']}, {r['matrix']} {_by_name(r['shape'])}"
-        passed = value >= limit if least else value <= limit
-        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": passed})
+        found.append(judged(name, where, value, limit, least=least))
 
     for r in records:
         if r["method"] not in OWN:
@@ -229,19 +249,73 @@ def budgets(records: list[Record]) -> list[Record]:
     return found
 
 
-def worst(judged: list[Record]) -> list[Record]:
+def worst(found: list[Record]) -> list[Record]:
     """Return what to print of the budgets: every one that failed, and else the nearest to its limit by method."""
     nearest: dict[tuple[str, str], Record] = {}
-    for entry in judged:
+    for entry in found:
         key = (entry["budget"], entry["where"].partition(",")[0])
         if key not in nearest or _room(entry) < _room(nearest[key]):
             nearest[key] = entry
-    return [entry for entry in judged if not entry["pass"] or any(entry is kept for kept in nearest.values())]
+    return [entry for entry in found if not entry["pass"] or any(entry is kept for kept in nearest.values())]
 
 
 def _room(entry: Record) -> float:
     room = entry["limit"] - entry["value"]
     return -room if "at least" in entry["budget"] else room
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """Draw seconds by shape and method, and the share off the exact selection by matrix.
+
+    Args:
+        records: as `selecting.record` makes them.
+        path: of the file, .svg.
+    """
+    from matplotlib.figure import Figure  # here: the numbers do not need it
+
+    records = [r for r in records if r["seconds"] is not None]  # of the largest matrix memory alone is counted
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _seconds(left, records)
+    _off(right, records)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    save_svg(figure, path)
+
+
+def _seconds(axes: Any, records: list[Record]) -> None:
+    first = records[0]["matrix"]
+    same = [r for r in records if r["matrix"] == first]
+    shapes = list(dict.fromkeys(_by_name(r["shape"]) for r in same))
+    _bars(axes, same, shapes, lambda r: _by_name(r["shape"]), lambda r: r["seconds"])
+    axes.set(title=f"Selecting in one matrix ({_short(first)}, {records[0]['dtype']})", ylabel="seconds", yscale="log")
+
+
+def _off(axes: Any, records: list[Record]) -> None:
+    last = records[-1]["shape"]
+    same = [r for r in records if r["overlap"] is not None and r["method"] != "baseline"]
+    if len({r["matrix"] for r in same}) < len({(r["matrix"], *r["shape"]) for r in same}):
+        same = [r for r in same if r["shape"] == last]
+    names = list(dict.fromkeys(r["matrix"] for r in same))
+    _bars(axes, same, names, lambda r: r["matrix"], lambda r: max(1 - r["overlap"], _LEAST))
+    axes.axhline(0.005, color="black", linewidth=0.8, linestyle="--")
+    axes.set(title="Share off the exact selection (dashed: budget)", yscale="log", ylim=(_LEAST / 2, 1))
+    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=30 if len(names) > 4 else 0)
+
+
+def _bars(axes: Any, records: list[Record], groups: list[str], group_of: Any, value_of: Any) -> None:
+    methods = [name for name in _COLOURS if any(r["method"] == name for r in records)]
+    width = 0.8 / max(1, len(methods))
+    for number, method in enumerate(methods):
+        chosen = [r for r in records if r["method"] == method]
+        places = [groups.index(group_of(r)) + (number - (len(methods) - 1) / 2) * width for r in chosen]
+        axes.bar(places, [value_of(r) for r in chosen], width, label=method, color=_COLOURS[method])
+    axes.set_xticks(range(len(groups)), groups)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(name: str) -> str:
+    return ".".join(name.removesuffix(".weight").split(".")[-3:])
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -283,18 +357,16 @@ def main(arguments: list[str] | None = None) -> int:
     records = run_model(args) if args.model else run_matrices(args)
     if args.largest:
         records.append(run_largest(args))
-    print_budgets(worst(judged := budgets(records)))
+    print_budgets(worst(found := budgets(records)))
     on_gpu = {"gpu": torch.cuda.get_device_name(args.device)} if args.device.startswith("cuda") else {}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     given |= {"output": args.output.name, "weights": args.weights and args.weights.name}
     # Other processes on the cores show in the times.
     around = surroundings(("safetensors",), threads=args.threads, **on_gpu) | {"load_average": os.getloadavg()}
-    write_json(args.output, {**around, "arguments": given, "records": records, "budgets": judged})
+    write_json(args.output, {**around, "arguments": given, "records": records, "budgets": found})
     if not args.model:
-        from refresh_plot import draw  # needs matplotlib, which the numbers do not
-
         draw(records, args.output.with_suffix(".svg"))
-    return 0 if all(entry["pass"] for entry in judged) else 1
+    return exit_code(found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How a refresh spreads over ranks: wall time on one and on several, the work of each rank, the weights it receives.
 
-    python benchmarks/refresh_ranks.py                  # ZeRO-2 and 3 on 1 and 2 ranks, and the shares on 4
+    python -m benchmarks.refresh_ranks                  # ZeRO-2 and 3 on 1 and 2 ranks, and the shares on 4
 
 Ranks have one thread each on the same machine, as real ones have one device each, so it needs as many idle cores as
 ranks; runs of one and more ranks alternate, and medians are compared. Processor time, of the step and its refresh, is
@@ -21,21 +21,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import ranks as on_ranks  # isort: skip  # first: it sets the environment that DeepSpeed reads at import
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import lift_ds
+from benchmarks.measure.counting import Ledger
+from benchmarks.measure.models import ds_config
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.selection import selection_cost
-from lift_ds.study.counting import Ledger
 
 #: Wall time on two ranks against one; weight bytes a rank receives against an N-th of the model.
 TIME_BUDGET, BYTES_BUDGET = 0.65, 1.2
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,16 @@ class Chain(nn.Module):
 def run(case: Case) -> Record:
     """Train a few steps, each with a refresh, on this rank."""
     torch.manual_seed(1)
-    engine = lift_ds.initialize(model=Chain(case).to(torch.bfloat16), config=_config(case))[0]
+    zero = {"stage3_param_persistence_threshold": 0} if case.stage == 3 else {}
+    block = {"budget_rank": case.budget_rank, "lra_rank": case.lra_rank, "refresh_interval": 1, "solver": "auto"}
+    config = {**ds_config(case.stage, 1, 10**6, clipping=0.0, **zero), "lift": block}
+    engine = lift_ds.initialize(model=Chain(case).to(torch.bfloat16), config=config)[0]
     cpu_seconds = [_step(engine, case) for _ in range(1 + case.refreshes)]
     with Ledger(case.ranks) as ledger, ledger.window() as window:
         _step(engine, case)
     driver = engine.optimizer.driver
     costs = {
-        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.solvers[name])
+        name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.settings[name].solver)
         for layer, name in enumerate(driver.attachment.layers)
     }
     own = driver.plan.jobs_of(dist.get_rank())
@@ -89,20 +90,6 @@ def run(case: Case) -> Record:
         "one_matrix": max(costs.values()) / sum(costs.values()),
         "weight_bytes_received": window.received["gather"],
         "model_bytes": 2 * case.matrices * case.rows * case.columns,
-    }
-
-
-def _config(case: Case) -> Record:
-    zero: Record = {"stage": case.stage, "reduce_bucket_size": 10**6, "allgather_bucket_size": 10**6}
-    if case.stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
-        "steps_per_print": 10**9,
-        "lift": {"budget_rank": case.budget_rank, "lra_rank": case.lra_rank, "refresh_interval": 1, "solver": "auto"},
     }
 
 
@@ -152,7 +139,7 @@ def budgets(records: list[Record], cores: int) -> list[Record]:
 
     def judge(name: str, record: Record, value: float, limit: float) -> None:
         where = f"ZeRO-{record['stage']}, {record['ranks']} ranks"
-        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit + 1e-9})
+        found.append(judged(name, where, value, limit))
 
     for record in records:
         n, single = record["ranks"], alone.get(record["stage"])
@@ -203,7 +190,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--columns", type=int, default=2048)
     parser.add_argument("--lra_rank", type=int, default=64)
     parser.add_argument("--budget_rank", type=int, default=28, help="about 5%% of the entries by default")
-    parser.add_argument("--output", type=Path, default=on_ranks.RESULTS / "refresh_ranks.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "refresh_ranks.json")
     return parser.parse_args(arguments)
 
 
@@ -224,21 +211,16 @@ def main(arguments: list[str] | None = None) -> int:
     args, cores = parse_arguments(arguments), len(os.sched_getaffinity(0))
     runs: dict[Case, list[list[Record]]] = {}
     for case in schedule(args, cores):
-        runs.setdefault(case, []).append(on_ranks.run_on_ranks(run, case.ranks, case))
+        runs.setdefault(case, []).append(run_on_ranks(run, case.ranks, case))
         seconds = " ".join(f"{second:.2f}" for second in runs[case][-1][0]["seconds"])
         print(f"ZeRO-{case.stage}  {case.ranks} ranks  refreshes of {seconds} s", flush=True)
-    records = [
-        summarise(case, found) for case, found in sorted(runs.items(), key=lambda item: asdict(item[0])["stage"])
-    ]
+    records = [summarise(case, of_case) for case, of_case in sorted(runs.items(), key=lambda item: item[0].stage)]
     print(table(records, cores))
-    judged = budgets(records, cores)
-    for entry in judged:
-        verdict = "pass" if entry["pass"] else "FAIL"
-        print(f"{verdict}  {entry['budget']:36} {entry['where']:20} {entry['value']:.3f} of {entry['limit']:.3f}")
+    print_budgets(found := budgets(records, cores))
     arguments_used = {**vars(args), "output": args.output.name}
     load = {"load_average": os.getloadavg()}  # other processes on the cores show in the times
-    on_ranks.write_results(args.output, {"arguments": arguments_used, **load, "records": records, "budgets": judged})
-    return 0 if all(entry["pass"] for entry in judged) else 1
+    write_results(args.output, {"arguments": arguments_used, **load, "records": records, "budgets": found})
+    return exit_code(found)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a step of LIFT costs: the optimizer phase by itself, and whole training steps beside full fine-tuning and LoRA.
 
-    python benchmarks/step.py                           # on the host: two threads, then two gloo ranks of ZeRO-2
-    python benchmarks/step.py --device cuda             # on one GPU: layers of a 7B model, sequence 2048, checkpointing
+    python -m benchmarks.step                           # on the host: two threads, then two gloo ranks of ZeRO-2
+    python -m benchmarks.step --device cuda             # on one GPU: layers of a 7B model, sequence 2048, checkpointing
 
 Methods alternate, so that what else runs on the machine meets all of them; medians are shown, and ratios are medians
 over the rounds. Within the optimizer phase they alternate in one process. A training step needs an engine of DeepSpeed,
@@ -15,28 +15,19 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from device import device_named
-
-if device_named() == "cpu":
-    import ranks as on_ranks  # isort: skip  # first: it sets what DeepSpeed reads at import, and hides the GPUs
-import optimizer_phase
 import torch
-import training_step
-from training_step import Case
 
-from lift_ds.study.llamas import matrix_shapes
-
-Record = dict[str, Any]
+from benchmarks.measure import optimizer_phase, training_step
+from benchmarks.measure.models import matrix_shapes
+from benchmarks.measure.plots import save_svg
+from benchmarks.measure.ranks import run_on_ranks
+from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
+from benchmarks.measure.training_step import Case
 
 #: LIFT's optimizer phase against a dense one; the published masks' against LIFT's; LIFT's training step against that of
 #: full fine-tuning.
 DENSE_BUDGET, MASKS_BUDGET, STEP_BUDGET = 1.0, 10.0, 1.0
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -113,15 +104,14 @@ def run_training(args: argparse.Namespace) -> Record:
     )  # fmt: skip
     runs = []
     for _ in range(args.rounds):
-        runs.append([_run(one) for one in training_step.cases_of(case)])
+        runs.append(
+            [
+                run_on_ranks(training_step.measure, one.ranks, one, device=one.device, limit=900)
+                for one in training_step.cases_of(case)
+            ]
+        )
         print(training_rows(training_step.summarise(case, runs[-1:])), flush=True)
     return training_step.summarise(case, runs)
-
-
-def _run(case: Case) -> list[Record]:
-    if case.ranks == 1:
-        return training_step.run_alone(case)
-    return on_ranks.run_on_ranks(training_step.measure, case.ranks, case)
 
 
 def training_rows(record: Record) -> str:
@@ -143,7 +133,7 @@ def budgets(phases: list[Record], training: Record | None) -> list[Record]:
     found: list[Record] = []
 
     def judge(name: str, where: str, value: float, limit: float) -> None:
-        found.append({"budget": name, "where": where, "value": value, "limit": limit, "pass": value <= limit})
+        found.append(judged(name, where, value, limit))
 
     for record in phases:
         where, against = f"{record['name']}, {record['dtype']}", record["lift_against"]
@@ -156,13 +146,10 @@ def budgets(phases: list[Record], training: Record | None) -> list[Record]:
 
 def plot(path: Path, phases: list[Record], training: Record | None) -> None:
     """Draw what was measured: milliseconds of the optimizer phase by case, seconds of a training step."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lift_ds"  # the same file for the same figures
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=[2, 1], layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     for offset, method in enumerate(("published", "masks", "dense", "lift")):
         places = [place + 0.2 * (offset - 1.5) for place in range(len(phases))]
         left.bar(places, [record["milliseconds"][method] for record in phases], 0.18, label=method)
@@ -177,8 +164,7 @@ def plot(path: Path, phases: list[Record], training: Record | None) -> None:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         right.set(ylabel="s", title=f"training step, {training['ranks']} rank(s), ZeRO-{training['stage']}")
         right.legend()
-    figure.savefig(path, metadata={"Date": None})
-    print(f"drawn in {path}")
+    save_svg(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,27 +175,18 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(map(phase_row, phases)))
     if training is not None:
         print(training_rows(training))
-    judged = budgets(phases, training)
-    for entry in judged:
-        verdict = "pass" if entry["pass"] else "FAIL"
-        print(f"{verdict}  {entry['budget']:24} {entry['where']:22} {entry['value']:.3f} of {entry['limit']:.3f}")
+    print_budgets(found := budgets(phases, training))
     results = {
         "arguments": {**vars(args), "output": args.output.name},
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "load_average": os.getloadavg(),  # other processes on the cores show in the times
         "phases": phases,
         "training": training,
-        "budgets": judged,
+        "budgets": found,
     }
-    _write(args.output, results)
+    write_results(args.output, results)
     plot(args.output.with_suffix(".svg"), phases, training)
-    return 0 if all(entry["pass"] for entry in judged) else 1
-
-
-def _write(path: Path, results: Record) -> None:
-    import ranks  # here, because it hides the GPUs: after everything that needs one
-
-    ranks.write_results(path, results)
+    return exit_code(found)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ measurement; plots. A cell that has a row is not run again, so an interrupted st
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from lift_ds.study.command import main
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout: benchmarks are not installed
+
+from benchmarks.scaling.command import main
 
 if __name__ == "__main__":
     sys.exit(main(__doc__))

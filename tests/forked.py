@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from segments import free_port, remove_segments
+from segments import remove_segments
+
+from lift_ds.runtime.ports import free_port
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,8 @@ Nothing in DeepSpeed unlinks them. They are called after the user, the address a
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 from pathlib import Path
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens at."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def segments_of(port: int | str) -> list[Path]:

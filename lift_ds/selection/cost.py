@@ -13,8 +13,8 @@ _PRODUCTS = 12
 _RANKING = 50
 
 #: Shorter side from which "chebyshev", from an earlier subspace as in every refresh, is faster than "gram": in units of
-#: r and at least, by type of device. Measured on the CPU, for r = 16 to 128, by
-#: `benchmarks/refresh.py --shapes 384x1024 512x1360 768x2048 --lra_rank 64 --threads 1`; the others take its numbers.
+#: r and at least, by type of device. Measured on the CPU, for r = 16 to 128, by `python -m
+#: benchmarks.refresh --shapes 384x1024 512x1360 768x2048 --lra_rank 64 --threads 1`; others take its numbers.
 _CROSSOVER = {"cpu": (6, 512)}
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from segments import free_port, remove_segments
+from segments import remove_segments
+
+from lift_ds.runtime.ports import free_port
 
 WORKERS = Path(__file__).parent / "workers"
 

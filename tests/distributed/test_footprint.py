@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-FOOTPRINT = Path(__file__).parents[2] / "benchmarks" / "footprint.py"
+REPOSITORY = Path(__file__).parents[2]
 SIZES = "--hidden 256 --intermediate 656 --layers 2 --vocabulary 64 --batch 1 --sequence 128"
 
 
@@ -21,7 +21,10 @@ SIZES = "--hidden 256 --intermediate 656 --layers 2 --vocabulary 64 --batch 1 --
 def test_counts_agree_with_formulas(more: str, tmp_path: Path) -> None:
     output = tmp_path / "footprint.json"
     command = f"--ranks 2 --stages 2,3 --methods lift {SIZES} {more} --output {output}"  # the last of a flag holds
-    result = subprocess.run([sys.executable, FOOTPRINT, *command.split()], capture_output=True, text=True, timeout=300)
+    command = f"-m benchmarks.footprint {command}"
+    result = subprocess.run(
+        [sys.executable, *command.split()], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
+    )
     assert output.exists(), result.stdout[-4000:] + result.stderr[-4000:]
     found = json.loads(output.read_text())
     assert found["deviations"] == []

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lift_ds.study.cells import PROBE
-from lift_ds.study.table import FAILED, OK, read_rows
+from benchmarks.scaling.cells import PROBE
+from benchmarks.scaling.table import FAILED, OK, read_rows
 
 pytestmark = pytest.mark.slow  # seven ranks import DeepSpeed
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from segments import free_port, segments_of
+from segments import segments_of
+
+from lift_ds.runtime.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = REPOSITORY / "ds_configs"

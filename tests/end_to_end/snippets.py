@@ -26,11 +26,11 @@ from datasets import Dataset
 from forked import alone
 from pages import REPOSITORY, Block, blocks
 from safetensors.torch import load_file
-from segments import free_port
 from sentences import reward, sentences, t5, tokenizer, translations
 
 import lift_ds
 from lift_ds.model.attachment import attachment_of
+from lift_ds.runtime.ports import free_port
 
 IMPORTED = (accelerate, deepspeed, peft, transformers, trl)  # before the fork
 

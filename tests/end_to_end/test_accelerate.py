@@ -13,7 +13,8 @@ import torch
 from launches import BIN, finish
 from pages import blocks
 from safetensors.torch import load_file
-from segments import free_port
+
+from lift_ds.runtime.ports import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -9,18 +9,14 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from pages import PAGES, REPOSITORY, blocks
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
+from benchmarks.scaling.command import make_parser as make_study_parser
 from lift_ds import cli, universal
-from lift_ds.study.command import make_parser as make_study_parser
 from lift_ds.training.arguments import make_parser as make_train_parser
 
 #: Programs that are not this project's.
@@ -60,9 +56,9 @@ def check_python(arguments: list[str]) -> None:
     elif arguments[0] == "launch/scaling_study.py":
         assert make_study_parser(None).parse_args(arguments[1:])
     else:
-        assert arguments[0].startswith("benchmarks/"), arguments
-        script = importlib.import_module(Path(arguments[0]).stem)
-        assert script.parse_arguments(arguments[1:])
+        assert arguments[0] == "-m"
+        assert arguments[1].startswith("benchmarks."), arguments
+        assert importlib.import_module(arguments[1]).parse_arguments(arguments[2:])
 
 
 def check_make(arguments: list[str]) -> None:

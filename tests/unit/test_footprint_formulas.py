@@ -6,17 +6,12 @@ One large matrix stands for the model, so that row counts and padding do not sho
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
+from benchmarks.measure.counting import Ledger
 from lift_ds.planner import formulas
 from lift_ds.planner.formulas import ring_share
-from lift_ds.study.counting import Ledger
 
 ROWS = COLUMNS = 32000
 MANAGED = ROWS * COLUMNS

@@ -5,20 +5,19 @@ code is the verdict of its budgets, and that budgets are judged where they ought
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from spectra import SPECTRA
+
+from benchmarks.measure.spectra import SPECTRA
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import refresh
-from selecting import METHODS
+from benchmarks import refresh
+from benchmarks.measure.selecting import METHODS
 
 
 @pytest.fixture(autouse=True)

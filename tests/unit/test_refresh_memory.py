@@ -6,26 +6,21 @@ The estimates are upper bounds of temporaries whose lifetimes depend on the vers
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import cases
 import pytest
 import torch
 
 import lift_ds
+from benchmarks.measure.counting import allocated_peak
 from lift_ds.refresh.carry import PrincipalState, carry_over
 from lift_ds.refresh.schedule import plan_refresh
 from lift_ds.selection import MatrixSize, SelectionSettings, low_rank
 from lift_ds.selection.memory import carry_memory, selection_memory, within
 from lift_ds.selection.precision import tiles
 from lift_ds.selection.topk import RunningTopK, top_k_positions
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from lift_ds.study.counting import allocated_peak
 
 SHAPES = [(256, 1024), (1024, 256), (512, 512)]
 

@@ -13,9 +13,9 @@ from functools import cache
 
 import pytest
 import torch
-from spectra import SPECTRA, matrix, perturbed
 from torch import Tensor
 
+from benchmarks.measure.spectra import SPECTRA, matrix, perturbed
 from lift_ds.selection import Selected, SelectionSettings, principal_indices, select_principal
 
 ROWS, COLUMNS, RANK = 256, 320, 24

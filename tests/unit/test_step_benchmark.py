@@ -5,19 +5,13 @@ exceeded.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import optimizer_phase
-import step
-from training_step import Case
-
-from lift_ds.study.llamas import matrix_shapes
+from benchmarks import step
+from benchmarks.measure import optimizer_phase
+from benchmarks.measure.models import matrix_shapes
+from benchmarks.measure.training_step import Case
 
 SHAPES = [(24, 40), (16, 8)]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scaling import command, predict, runners
+from benchmarks.scaling.cells import BASE, NO_LINK, PROBE, STRONG, WEAK, Cell, Grid, Sizes, make_grid
+from benchmarks.scaling.report import write_report
+from benchmarks.scaling.runners import CellError
+from benchmarks.scaling.summary import comparisons, scalings, summarise
+from benchmarks.scaling.table import FAILED, OK, Row, cell_of, left_to_do, read_rows, row_of, with_row, write_rows
 from lift_ds.planner import speed
-from lift_ds.study import command, predict, runners
-from lift_ds.study.cells import BASE, NO_LINK, PROBE, STRONG, WEAK, Cell, Grid, Sizes, make_grid
-from lift_ds.study.report import write_report
-from lift_ds.study.runners import CellError
-from lift_ds.study.summary import comparisons, scalings, summarise
-from lift_ds.study.table import FAILED, OK, Row, cell_of, left_to_do, read_rows, row_of, with_row, write_rows
 
 SIZES = Sizes(hidden=64, intermediate=176, layers=2, vocabulary=64, sequence=16, density=0.05)
 GRID = Grid(

@@ -1,4 +1,4 @@
-"""One rank of a cell: trains some steps, times them, counts bytes; rank 0 writes what all ranks found.
+"""One rank of a cell: trains some steps, times them, counts bytes; returns what all ranks found.
 
     counted     in the first repetition the engine is built and steps twice under a `Ledger`: logical bytes, peak
     warm-up     steps that nobody times
@@ -11,32 +11,22 @@ last: of every process of the node, with the headers of the packets, and the bar
 
 from __future__ import annotations
 
-import ctypes
-import itertools
 import os
-import signal
 import statistics
-import sys
-import time
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
+from benchmarks.measure.counting import Ledger
+from benchmarks.measure.models import build_engine, build_llama, ds_config, now, timed_step
+from benchmarks.measure.ranks import process_group
+from benchmarks.measure.records import Record, surroundings
+from benchmarks.scaling.cells import PROBE
+from benchmarks.scaling.job import Job
 from lift_ds.runtime.ranks import from_all
-from lift_ds.study.cells import PROBE, Cell
-from lift_ds.study.counting import Ledger
-from lift_ds.study.job import RESULT, Job, read_job
-from lift_ds.study.llamas import build_engine, build_llama
-from lift_ds.study.node import write_whole
-from lift_ds.study.surroundings import surroundings
-from lift_ds.zero.ranks import unlink_shared_memory
-
-Record = dict[str, Any]
 
 #: Steps after those that are counted, before those that are timed.
 _WARM_UP = 2
@@ -44,37 +34,6 @@ _WARM_UP = 2
 _COUNTED = 2
 #: All-reduces of a probe, and the most bytes of one.
 _PROBES, _PROBE_BYTES = 5, 2**25
-
-_PARENT_DEATH = 1  # PR_SET_PDEATHSIG
-
-
-def ds_config(cell: Cell) -> Record:
-    """Return the DeepSpeed configuration of every method; ZeRO-3 lets go of a layer after its use.
-
-    With DeepSpeed's own thresholds a small model would stay gathered from forward to backward.
-    """
-    zero: Record = {
-        "stage": cell.stage,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": cell.sizes.bucket,
-        "allgather_bucket_size": cell.sizes.bucket,
-    }
-    if cell.stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "stage3_max_live_parameters": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": 0,
-        }
-    return {
-        "train_micro_batch_size_per_gpu": cell.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": True},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-    }
 
 
 class Worker:
@@ -132,9 +91,9 @@ class Worker:
         before = self._wire()
         for _ in range(_PROBES):
             dist.barrier()
-            start = self._now()
+            start = now(self._device)
             dist.all_reduce(payload)
-            seconds.append(self._now() - start)
+            seconds.append(now(self._device) - start)
         dist.barrier()
         sent, received = self._since(before, _PROBES)
         seconds = [max(times) for times in zip(*from_all(seconds), strict=True)]
@@ -149,8 +108,11 @@ class Worker:
         model = build_llama(
             sizes.hidden, sizes.intermediate, sizes.layers, sizes.vocabulary, sizes.sequence, str(self._device)
         )
+        # ZeRO-3 lets go of a layer after its use.
+        more = {"overlap_comm": True, "contiguous_gradients": True}
+        config = ds_config(cell.stage, cell.batch, sizes.bucket, live=0, **more)
         block = {"density": sizes.density, "lra_rank": sizes.lora_rank, "refresh_interval": refresh_after}
-        return build_engine(model, cell.method, sizes.lora_rank, ds_config(cell), block)
+        return build_engine(model, cell.method, sizes.lora_rank, config, block)
 
     def _count(self) -> Record:
         for _ in range(_COUNTED - 1):
@@ -169,19 +131,7 @@ class Worker:
         shape = (cell.batch, cell.sizes.sequence)
         tokens = torch.randint(0, cell.sizes.vocabulary, shape, generator=self._generator).to(self._device)
         dist.barrier()
-        marks = [self._now()]
-        loss = self._engine(input_ids=tokens, labels=tokens).loss
-        marks.append(self._now())
-        self._engine.backward(loss)
-        marks.append(self._now())
-        self._engine.step()
-        marks.append(self._now())
-        return [stop - start for start, stop in itertools.pairwise(marks)]
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return timed_step(self._engine, tokens)[0]
 
     def _wire(self) -> tuple[int, int]:
         """Wait for all ranks; then return the bytes that this node has sent and received so far."""
@@ -209,35 +159,16 @@ def interface_bytes(name: str) -> tuple[int, int]:
     return int(counts[name][8]), int(counts[name][0])
 
 
-def run(folder: Path) -> None:
-    """Run this rank of a job; all its ranks call."""
-    job = read_job(folder)
+def work(job: Job) -> Record:
+    """Run this rank of a job; all its ranks call.
+
+    Raises:
+        ValueError: when this node has no such interface.
+    """
     interface_bytes(job.interface)
     load = os.getloadavg()[0]
-    torch.set_num_threads(job.threads)
-    if job.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        "nccl" if job.device == "cuda" else "gloo",
-        timeout=timedelta(seconds=job.limit),
-        auto_mpi_discovery=False,
-        verbose=False,
-    )
-    unlink_shared_memory()
-    worker = Worker(job)
-    result = worker.probe() if job.cell.method == PROBE else worker.train()
-    if dist.get_rank() == 0:
-        around = surroundings(("deepspeed", "transformers", "peft"))
-        device = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
-        write_whole(folder / RESULT, {**result, **around, "device": device, "load_average": load})
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL)  # nobody else would end it where its node is killed
-    try:
-        run(Path(sys.argv[1]))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    sys.stdout.flush()
-    os._exit(0)  # threads of gloo outlive the process group
+    with process_group(job.device, job.limit, job.threads):
+        worker = Worker(job)
+        found = worker.probe() if job.cell.method == PROBE else worker.train()
+    device = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
+    return {**found, **surroundings(), "device": device, "load_average": load}

@@ -14,22 +14,18 @@ of such a size that about a tenth of the selection changes.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from functools import partial
 
 import torch
-from records import Record
-from spectra import perturbed
 from torch import Tensor
 
+from benchmarks.measure.counting import allocated_peak
+from benchmarks.measure.records import Record
+from benchmarks.measure.spectra import perturbed
 from lift_ds.selection import SelectionSettings, principal_indices, select_principal
-from lift_ds.study.counting import allocated_peak
 
 #: Churn that a matrix is perturbed to have, and the range that will do.
 _CHURN, _CHURN_RANGE = 0.1, (0.05, 0.2)
@@ -39,7 +35,8 @@ _CHURN, _CHURN_RANGE = 0.1, (0.05, 0.2)
 _SVD_SIDE = 1024
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """What one selection gave.
 
     Attributes:
@@ -118,7 +115,7 @@ def _by(solver: str, *, warm: bool = False) -> Callable[[Subject], Outcome]:
         start = subject.start if warm else None
         settings = SelectionSettings(subject.k, subject.lra_rank, solver)
         found = select_principal(subject.weight, settings, start)
-        return Outcome(found.index, found.estimate, found.solver, found.rounds, found.products)
+        return Outcome(found.index, found.estimate, found.solver or "-", found.rounds, found.products)
 
     return run
 
@@ -186,13 +183,12 @@ def measure(subject: Subject, methods: Sequence[str], rounds: int, *, memory: bo
         memory: whether to count the peak, in one run more.
     """
     device = subject.weight.device
-    peaks = {
-        name: peak_beside(lambda name=name: METHODS[name](subject), device) if memory else None for name in methods
-    }  # type: ignore[misc]
+    runs = {name: partial(METHODS[name], subject) for name in methods}
+    peaks = {name: peak_beside(run, device) if memory else None for name, run in runs.items()}
     found: dict[str, Measured] = {}
     for _ in range(rounds):
-        for name in methods:
-            outcome, seconds = timed(lambda name=name: METHODS[name](subject), device)  # type: ignore[misc]
+        for name, run in runs.items():
+            outcome, seconds = timed(run, device)
             found.setdefault(name, Measured(outcome, peak_bytes=peaks[name])).seconds.append(seconds)
     return found
 

@@ -6,13 +6,19 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lift_ds.study.cells import BASE, NO_LINK, PROBE, STRONG, Cell
-from lift_ds.study.table import OK, Row, cell_of
+from benchmarks.scaling.cells import BASE, NO_LINK, PROBE, STRONG, Cell
+from benchmarks.scaling.table import OK, Row, cell_of
+
+#: Columns whose median over the runs of a cell is reported.
+_MEDIANS = (
+    "predicted_step_seconds", "predicted_wire_bytes", "peak_bytes", "predicted_peak_bytes", "refresh_seconds",
+    "predicted_refresh_seconds", "refresh_wire_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A cell over all its repetitions; None where nothing was measured, counted or predicted.
+    """A cell over all its repetitions.
 
     Args:
         cell: of repetition 0.
@@ -20,18 +26,8 @@ class Summary:
         seconds: of a step, the median of the runs' medians.
         fastest: the fastest step of all runs.
         slowest: the slowest one.
-        predicted: seconds of a step.
         wire: bytes that a node sends or receives in a step, whichever is more.
-        predicted_wire: the same.
-        logical: bytes of the collectives of a step.
-        predicted_logical: the same.
-        peak: bytes.
-        predicted_peak: bytes.
-        refresh: seconds.
-        predicted_refresh: seconds.
-        refresh_wire: bytes that a refresh adds.
-        predicted_compute: seconds of forward and backward.
-        predicted_network: seconds of the collectives.
+        median: column of the table -> median over the runs; None where nothing was measured, counted or predicted.
     """
 
     cell: Cell
@@ -39,18 +35,13 @@ class Summary:
     seconds: float
     fastest: float
     slowest: float
-    predicted: float | None
     wire: float
-    predicted_wire: float | None
-    logical: float | None
-    predicted_logical: float | None
-    peak: float | None
-    predicted_peak: float | None
-    refresh: float | None
-    predicted_refresh: float | None
-    refresh_wire: float | None
-    predicted_compute: float | None
-    predicted_network: float | None
+    median: dict[str, float | None]
+
+    @property
+    def predicted(self) -> float | None:
+        """Seconds of a step."""
+        return self.median["predicted_step_seconds"]
 
     @property
     def limit(self) -> float | None:
@@ -79,28 +70,15 @@ def _order(summary: Summary) -> tuple[object, ...]:
 
 
 def _summary(rows: Sequence[Row]) -> Summary:
-    def median(column: str) -> float | None:
-        values = [row[column] for row in rows if row[column] is not None]
-        return statistics.median(values) if values else None
-
+    values = {name: [row[name] for row in rows if row[name] is not None] for name in _MEDIANS}
     return Summary(
         cell=replace(cell_of(rows[0]), repetition=0),
         repetitions=len(rows),
         seconds=statistics.median(row["step_seconds"] for row in rows),
         fastest=min(row["step_seconds_min"] for row in rows),
         slowest=max(row["step_seconds_max"] for row in rows),
-        predicted=median("predicted_step_seconds"),
         wire=statistics.median(max(row["wire_bytes_sent"], row["wire_bytes_received"]) for row in rows),
-        predicted_wire=median("predicted_wire_bytes"),
-        logical=median("logical_bytes"),
-        predicted_logical=median("predicted_logical_bytes"),
-        peak=median("peak_bytes"),
-        predicted_peak=median("predicted_peak_bytes"),
-        refresh=median("refresh_seconds"),
-        predicted_refresh=median("predicted_refresh_seconds"),
-        refresh_wire=median("refresh_wire_bytes"),
-        predicted_compute=median("predicted_compute_seconds"),
-        predicted_network=median("predicted_network_seconds"),
+        median={name: statistics.median(found) if found else None for name, found in values.items()},
     )
 
 

@@ -10,19 +10,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from lift_ds.study.job import RESULT, Job, failure_of, prepare
-from lift_ds.study.node import ROOT
-
-Record = dict[str, Any]
+from benchmarks.measure.records import Record
+from benchmarks.scaling.job import RESULT, Job, failure_of, prepare
 
 #: Seconds beyond a job's limit in which its nodes end their ranks and themselves.
 _GRACE = 30.0
 _INTERVAL = 0.2
 
-#: The program of a node.
-_NODE = str(ROOT / "lift_ds" / "study" / "node.py")
+#: The checkout, from which nodes are started, and their program.
+_ROOT = Path(__file__).parents[2]
+_NODE = (sys.executable, "-m", "benchmarks.scaling.node")
 
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=10")
 
@@ -82,7 +81,7 @@ class Local:
             raise ValueError(f"--nodes {nodes}: --launcher local has one node; take hostfile or slurm")
 
     def start(self, job: Job, folder: Path) -> None:
-        _supervise([_node_command(folder, 0, "localhost")], job.limit)
+        _supervise([_node_command(folder, 0, "127.0.0.1")], folder, job.limit)
 
 
 class Hosts:
@@ -102,7 +101,7 @@ class Hosts:
         for host in hosts:
             if ranks_per_node > self._slots[host]:
                 raise ValueError(f"{ranks_per_node} ranks on {host}: {self._path} has slots={self._slots[host]} there")
-        needed = [_NODE, sys.executable, str(folder)]
+        needed = [str(_ROOT), sys.executable, str(folder)]
         question = " && ".join(f"test -e {shlex.quote(path)}" for path in needed)
         asked = [(host, subprocess.Popen([*_SSH, host, question], stdin=subprocess.DEVNULL)) for host in hosts]
         for host, process in asked:
@@ -120,8 +119,8 @@ class Hosts:
         commands = []
         for node, host in enumerate(hosts):
             remote = shlex.join(_node_command(folder, node, hosts[0]))
-            commands.append([*_SSH, host, f"cd {shlex.quote(str(ROOT))} && exec {remote}"])
-        _supervise(commands, job.limit)
+            commands.append([*_SSH, host, f"cd {shlex.quote(str(_ROOT))} && exec {remote}"])
+        _supervise(commands, folder, job.limit)
 
 
 class Slurm:
@@ -170,7 +169,7 @@ class Slurm:
 
 def batch_script(job: Job, folder: Path) -> str:
     """Return the script of a job: a task on each node, which starts that node's ranks."""
-    command = shlex.join([sys.executable, _NODE, str(folder)])
+    command = shlex.join([*_NODE, str(folder)])
     minutes = int((job.limit + 2 * _GRACE) // 60) + 1
     return f"""#!/bin/bash
 #SBATCH --job-name=lift-study
@@ -179,7 +178,7 @@ def batch_script(job: Job, folder: Path) -> str:
 #SBATCH --exclusive
 #SBATCH --time={minutes}
 #SBATCH --output={folder}/slurm.log
-#SBATCH --chdir={ROOT}
+#SBATCH --chdir={_ROOT}
 set -eu
 export HEAD=$SLURMD_NODENAME
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \\
@@ -209,19 +208,20 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def _node_command(folder: Path, node: int, address: str) -> list[str]:
-    return [sys.executable, _NODE, str(folder), "--node", str(node), "--address", address, "--watch_stdin"]
+    return [*_NODE, str(folder), "--node", str(node), "--address", address, "--watch_stdin"]
 
 
-def _supervise(commands: Sequence[Sequence[str]], limit: float) -> None:
+def _supervise(commands: Sequence[Sequence[str]], folder: Path, limit: float) -> None:
     """Run one command for each node until all are done; when one fails, the others lose their standard input.
 
     Raises:
         CellError: one failed, or the limit passed.
     """
     deadline = time.monotonic() + limit + _GRACE
-    nodes = [subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]
+    logs = [folder / f"node{number}.log" for number in range(len(commands))]
+    nodes = [_start(command, log) for command, log in zip(commands, logs, strict=True)]
     try:
-        while any(node.poll() is None for node in nodes) and not any(node.poll() for node in nodes):
+        while None in (codes := [node.poll() for node in nodes]) and not any(codes):
             if time.monotonic() > deadline:
                 raise CellError(f"the nodes were not done within {limit:g} s")
             time.sleep(_INTERVAL)
@@ -229,21 +229,26 @@ def _supervise(commands: Sequence[Sequence[str]], limit: float) -> None:
         for node in nodes:
             assert node.stdin is not None
             node.stdin.close()
-            node.stdin = None  # `communicate` would flush it
-        said = [_end(node) for node in nodes]
-    for number, node in enumerate(nodes):
-        if node.returncode:
-            raise CellError(f"node {number} ended with {node.returncode}: {said[number]}")
+        for node in nodes:
+            _wait_for(node)
+    for number, code in enumerate(codes):
+        if code:
+            said = " ".join(logs[number].read_text(errors="replace").split())[-500:]
+            raise CellError(f"node {number} ended with {code}: {said}")
 
 
-def _end(node: subprocess.Popen[bytes]) -> str:
-    """Wait for a node that has lost its standard input; return the end of what it said."""
+def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.PIPE, stdout=output, stderr=output)
+
+
+def _wait_for(node: subprocess.Popen[bytes]) -> None:
+    """Wait for a node that has lost its standard input."""
     try:
-        _, said = node.communicate(timeout=_GRACE)
+        node.wait(_GRACE)
     except subprocess.TimeoutExpired:
         node.kill()
-        _, said = node.communicate()
-    return " ".join(said.decode(errors="replace").split())[-500:]
+        node.wait()
 
 
 def _ask(*command: str, missing: str | None = None) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lift_ds.study.llamas import lora_rank, matrix_shapes
+from benchmarks.measure.models import lora_rank, matrix_shapes
 
 METHODS = ("full", "lora", "lift")
 STAGES = (0, 1, 2, 3)

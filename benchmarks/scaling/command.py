@@ -12,15 +12,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
-from lift_ds.study.cells import METHODS, STAGES, STRONG, WEAK, Cell, Grid, Sizes, make_grid
-from lift_ds.study.job import Job, passed_on
-from lift_ds.study.plots import draw_all
-from lift_ds.study.predict import add_predictions
-from lift_ds.study.report import write_report
-from lift_ds.study.runners import CellError, Hosts, Local, Record, Runner, Slurm, run_job
-from lift_ds.study.table import FAILED, OK, Row, left_to_do, read_rows, row_of, with_row, write_rows
+from benchmarks.measure.records import Record
+from benchmarks.scaling.cells import METHODS, STAGES, STRONG, WEAK, Cell, Grid, Sizes, make_grid
+from benchmarks.scaling.job import Job, environment_of
+from benchmarks.scaling.plots import draw_all
+from benchmarks.scaling.predict import add_predictions
+from benchmarks.scaling.report import write_report
+from benchmarks.scaling.runners import CellError, Hosts, Local, Runner, Slurm, run_job
+from benchmarks.scaling.table import FAILED, OK, Row, left_to_do, read_rows, row_of, with_row, write_rows
 
 TABLE, REPORT = "measurements.csv", "report.md"
 
@@ -98,19 +100,9 @@ def grid_of(args: argparse.Namespace) -> Grid:
         twice = [value for value, count in Counter(getattr(args, name)).items() if count > 1]
         if twice:
             raise ValueError(f"--{name}: {twice[0]} is there twice")
-    return Grid(
-        methods=args.methods,
-        stages=args.stages,
-        ranks=args.ranks,
-        nodes=args.nodes,
-        scaling=args.scaling,
-        tokens=args.tokens,
-        sizes=Sizes(args.hidden, args.intermediate, args.layers, args.vocabulary, args.sequence, args.density),
-        link=args.link_name,
-        gbit=args.link_gbit,
-        steps=args.steps,
-        repetitions=args.repetitions,
-    )
+    sizes = Sizes(**{field.name: getattr(args, field.name) for field in fields(Sizes)})
+    given: Record = {field.name: getattr(args, field.name, None) for field in fields(Grid)}
+    return Grid(**given | {"sizes": sizes, "link": args.link_name, "gbit": args.link_gbit})
 
 
 def runner_of(args: argparse.Namespace) -> Runner:
@@ -160,14 +152,9 @@ def run(args: argparse.Namespace, cells: list[Cell], todo: list[Cell], rows: lis
 
 def measure(args: argparse.Namespace, cell: Cell, runner: Runner) -> Row:
     """Run one cell and return its row; the folder of a run that failed stays, with the logs of its ranks."""
-    job = Job(
-        cell=cell,
-        device=args.device,
-        interface=args.interface or ("lo" if args.launcher == "local" else "eth0"),
-        threads=args.threads,
-        limit=args.limit,
-        environment=passed_on(),
-    )
+    interface = args.interface or ("lo" if args.launcher == "local" else "eth0")
+    environment = environment_of(args.device, interface, args.threads)
+    job = Job(cell, args.device, interface, args.threads, args.limit, environment)
     folder = args.output / "runs" / cell.name
     row = row_of(cell) | {"launcher": args.launcher, "threads_per_rank": args.threads}
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lift_ds.study.cells import METHODS, STRONG, WEAK
-from lift_ds.study.summary import Scaling, Summary, scalings, summarise
-from lift_ds.study.table import Row
+from benchmarks.measure.plots import save_svg
+from benchmarks.scaling.cells import METHODS, STRONG, WEAK
+from benchmarks.scaling.summary import Scaling, Summary, scalings, summarise
+from benchmarks.scaling.table import Row
 
 _COLORS = {"full": "tab:gray", "lora": "tab:orange", "lift": "tab:blue"}
 
@@ -23,54 +25,38 @@ def draw_all(folder: Path, rows: Sequence[Row]) -> list[str]:
     Returns:
         The names of the pictures; none without matplotlib.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    if find_spec("matplotlib") is None:
         return []
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lift_ds"  # the same file for the same figures
     found = summarise(rows)
-    on_one_node = [one for one in scalings(found) if one.summary.cell.nodes == 1]
-    on_links = [one for one in found if one.cell.nodes > 1]
-    names = []
-    for name, draw, what in (("efficiency.svg", _efficiency, on_one_node), ("links.svg", _links, on_links)):
-        if what:
-            _save(folder / name, draw, what)
-            names.append(name)
-    return names
+    pictures = {}
+    if on_one_node := [one for one in scalings(found) if one.summary.cell.nodes == 1]:
+        pictures["efficiency.svg"] = _efficiency(on_one_node)
+    if on_links := [one for one in found if one.cell.nodes > 1]:
+        pictures["links.svg"] = _links(on_links)
+    for name, figure in pictures.items():
+        save_svg(figure, folder / name)
+    return list(pictures)
 
 
-def _save(path: Path, draw: Callable[[Any, Any], Any], what: Sequence[Any]) -> None:
-    from matplotlib import pyplot
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # here: the numbers do not need it
 
-    figure = draw(pyplot, what)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-    # matplotlib ends lines of paths with a blank
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def _efficiency(pyplot: Any, found: Sequence[Scaling]) -> Any:
+def _efficiency(found: Sequence[Scaling]) -> Any:
     """A panel for each kind of scaling and stage on one node; a line for each method, its prediction dashed."""
     kinds = [kind for kind in (STRONG, WEAK) if any(one.summary.cell.scaling == kind for one in found)]
     stages = sorted({one.summary.cell.stage for one in found})
-    figure, panels = pyplot.subplots(
-        len(kinds), len(stages), figsize=(3.6 * len(stages) + 1, 3 * len(kinds) + 0.5), sharex=True, sharey=True,
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
+    figure = _figure(3.6 * len(stages) + 1, 3 * len(kinds) + 0.5)
+    panels = figure.subplots(len(kinds), len(stages), sharex=True, sharey=True, squeeze=False)
     for row, kind in enumerate(kinds):
         for column, stage in enumerate(stages):
             axes = panels[row][column]
             for method in METHODS:
-                line = sorted(
-                    (
-                        one
-                        for one in found
-                        if (one.summary.cell.method, one.summary.cell.stage, one.summary.cell.scaling)
-                        == (method, stage, kind)
-                    ),
-                    key=lambda one: one.summary.cell.ranks,
-                )
+                cells = [(one.summary.cell, one) for one in found]
+                line = [one for cell, one in cells if (cell.method, cell.stage, cell.scaling) == (method, stage, kind)]
+                line.sort(key=lambda one: one.summary.cell.ranks)
                 ranks = [1, *(one.summary.cell.ranks for one in line)]
                 measured = [1.0, *(one.efficiency(one.measured) for one in line)]
                 axes.plot(ranks, measured, marker="o", color=_COLORS[method], label=method)
@@ -89,14 +75,15 @@ def _efficiency(pyplot: Any, found: Sequence[Scaling]) -> Any:
     return figure
 
 
-def _links(pyplot: Any, found: Sequence[Summary]) -> Any:
+def _links(found: Sequence[Summary]) -> Any:
     """Groups of bars, one for each link, stage, ranks and kind of scaling; crosses are predictions, lines limits."""
     groups: dict[str, dict[str, Summary]] = {}
     for one in found:
         cell = one.cell
         title = f"{cell.link}\nZeRO-{cell.stage}\n{cell.ranks} ranks, {cell.nodes} nodes\n{cell.scaling}"
         groups.setdefault(title, {})[cell.method] = one
-    figure, axes = pyplot.subplots(figsize=(1.8 * len(groups) + 3.5, 4.5), layout="constrained")
+    figure = _figure(1.8 * len(groups) + 3.5, 4.5)
+    axes = figure.subplots()
     for offset, method in enumerate(METHODS):
         places = [place + 0.27 * (offset - 1) for place, group in enumerate(groups.values()) if method in group]
         cells = [group[method] for group in groups.values() if method in group]

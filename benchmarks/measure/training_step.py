@@ -4,28 +4,21 @@
     lora    PEFT, of the rank that trains as many numbers as LIFT
     lift    at the density of the case
 
-Each run is an engine in fresh processes: DeepSpeed keeps parts of earlier engines alive. Several ranks are forked on
-the host, over gloo; one rank is spawned, so that it may use a GPU.
+Each run is an engine in fresh processes: DeepSpeed keeps parts of earlier engines alive.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lift_ds.study import llamas
-
-Record = dict[str, Any]
+from benchmarks.measure import models
+from benchmarks.measure.records import Record
 
 METHODS = ("full", "lora", "lift")
 
@@ -53,36 +46,19 @@ class Case:
 
     def lora_rank(self) -> int:
         """Return the rank of the LoRA that trains nearest to the density."""
-        return llamas.lora_rank(self.density, self.hidden, self.intermediate)
-
-
-def ds_config(case: Case) -> Record:
-    """Return the DeepSpeed configuration of every method: that of ds_configs/lift_zero2.json, in bf16."""
-    return {
-        "train_micro_batch_size_per_gpu": case.batch,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 10**9,
-        "bf16": {"enabled": True},
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": case.stage,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-    }
+        return models.lora_rank(self.density, self.hidden, self.intermediate)
 
 
 def build_engine(case: Case) -> Any:
     """Build the engine of a method over a Llama with random weights, the same on every rank."""
-    # No refresh within the run: benchmarks/refresh.py times those.
+    # As ds_configs/lift_zero2.json. No refresh within the run: benchmarks/refresh.py times those.
+    config = models.ds_config(case.stage, case.batch, 50_000_000, overlap_comm=True, contiguous_gradients=True)
     block = {"density": case.density, "lra_rank": case.lora_rank(), "refresh_interval": 10**6}
-    return llamas.build_engine(_build_model(case), case.method, case.lora_rank(), ds_config(case), block)
+    return models.build_engine(_build_model(case), case.method, case.lora_rank(), config, block)
 
 
 def _build_model(case: Case) -> Any:
-    model: Any = llamas.build_llama(
+    model: Any = models.build_llama(
         case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence, device=case.device
     )
     if case.checkpointing:
@@ -110,7 +86,7 @@ def measure(case: Case) -> Record:
         tokens = torch.randint(0, case.vocabulary, (case.batch, case.sequence), generator=generator).to(case.device)
         torch.distributed.barrier()
         start = time.process_time()
-        spent, loss = _step(engine, tokens)
+        spent, loss = models.timed_step(engine, tokens)
         processor.append(time.process_time() - start)
         phases.append(spent)
         losses.append(loss)
@@ -123,56 +99,6 @@ def measure(case: Case) -> Record:
         "trained": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
         "peak_bytes": torch.cuda.max_memory_allocated() if case.device == "cuda" else None,
     }
-
-
-def _step(engine: Any, tokens: torch.Tensor) -> tuple[list[float], float]:
-    """One optimizer step; returns the seconds of forward, backward and step, and the loss."""
-    marks = [_now(tokens.device)]
-    loss = engine(input_ids=tokens, labels=tokens).loss
-    marks.append(_now(tokens.device))
-    engine.backward(loss)
-    marks.append(_now(tokens.device))
-    engine.step()
-    marks.append(_now(tokens.device))
-    return [stop - start for start, stop in itertools.pairwise(marks)], loss.item()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def run_alone(case: Case, limit: float = 900.0) -> list[Record]:
-    """Run a case of one rank in a spawned process, on a GPU or the host.
-
-    Raises:
-        RuntimeError: when it fails or the limit passes; its output goes to this process's.
-    """
-    assert case.ranks == 1, "several ranks are forked by ranks.run_on_ranks"
-    with tempfile.TemporaryDirectory() as folder:
-        process = multiprocessing.get_context("spawn").Process(target=_alone, args=(case, folder))
-        process.start()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        if process.exitcode != 0:
-            raise RuntimeError(f"{case.method} on {case.device} ended with {process.exitcode} (limit {limit:.0f} s)")
-        return [json.loads(Path(folder, "result.json").read_text())]
-
-
-def _alone(case: Case, folder: str) -> None:
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
-        "DS_ACCELERATOR": case.device, "MASTER_ADDR": "localhost", "MASTER_PORT": str(os.getppid()),
-    }  # fmt: skip
-    import deepspeed
-
-    backend = "nccl" if case.device == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
-    Path(folder, "result.json").write_text(json.dumps(measure(case)))
-    torch.distributed.destroy_process_group()
 
 
 def cases_of(case: Case) -> list[Case]:

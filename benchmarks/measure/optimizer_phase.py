@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure.records import Record
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
 from lift_ds.refresh.store import put_values
-
-Record = dict[str, Any]
 
 #: The order in which the methods alternate.
 METHODS = ("dense", "lift", "masks", "published")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lift_ds.study.cells import Cell, Sizes
+from benchmarks.scaling.cells import Cell, Sizes
 
 #: A row: column -> value; None where nothing was measured, counted or predicted.
 Row = dict[str, Any]
@@ -35,34 +36,17 @@ COLUMNS: dict[str, type] = {
 
 def row_of(cell: Cell) -> Row:
     """Return the row of a cell that has not run."""
-    row: Row = dict.fromkeys(COLUMNS)
     sizes = cell.sizes
-    row |= {
-        "method": cell.method, "stage": cell.stage, "nodes": cell.nodes, "ranks": cell.ranks, "link": cell.link,
-        "link_gbit": cell.gbit, "scaling": cell.scaling, "hidden": sizes.hidden, "intermediate": sizes.intermediate,
-        "layers": sizes.layers, "vocabulary": sizes.vocabulary, "sequence": sizes.sequence, "density": sizes.density,
-        "batch": cell.batch, "tokens_per_rank": cell.tokens, "managed_parameters": sizes.managed,
-        "repetition": cell.repetition, "steps": cell.steps,
-    }  # fmt: skip
-    return row
+    given = {"link_gbit": cell.gbit, "tokens_per_rank": cell.tokens, "managed_parameters": sizes.managed}
+    given |= vars(cell) | vars(sizes)
+    return {name: given.get(name) for name in COLUMNS}
 
 
 def cell_of(row: Row) -> Cell:
     """Return the cell that a row is a measurement of."""
-    names = ("hidden", "intermediate", "layers", "vocabulary", "sequence", "density")
-    return Cell(
-        method=row["method"],
-        stage=row["stage"],
-        nodes=row["nodes"],
-        ranks=row["ranks"],
-        link=row["link"],
-        scaling=row["scaling"],
-        batch=row["batch"],
-        sizes=Sizes(**{name: row[name] for name in names}),
-        repetition=row["repetition"],
-        gbit=row["link_gbit"],
-        steps=row["steps"],
-    )
+    given: Row = {field.name: row.get(field.name) for field in fields(Cell)}
+    sizes = Sizes(**{field.name: row[field.name] for field in fields(Sizes)})
+    return Cell(**given | {"sizes": sizes, "gbit": row["link_gbit"]})
 
 
 def read_rows(path: Path) -> list[Row]:

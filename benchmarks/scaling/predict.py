@@ -20,6 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.measure.models import llama_config
+from benchmarks.scaling.cells import PROBE, Cell, Sizes
+from benchmarks.scaling.table import OK, Row, cell_of
 from lift_ds.config import LiftConfig
 from lift_ds.planner import peak, speed
 from lift_ds.planner.estimate import Choice, setting_for
@@ -28,9 +31,6 @@ from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
-from lift_ds.study.cells import PROBE, Cell, Sizes
-from lift_ds.study.llamas import llama_config
-from lift_ds.study.table import OK, Row, cell_of
 
 #: Steps between two refreshes of which a step's prediction knows nothing: refreshes are measured and predicted apart.
 _APART = 10**12

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lift_ds.study.cells import Cell, Sizes
-from lift_ds.study.predict import calibrate
-from lift_ds.study.summary import Summary, comparisons, scalings, summarise
-from lift_ds.study.table import FAILED, OK, Row, cell_of
+from benchmarks.scaling.cells import Cell, Sizes
+from benchmarks.scaling.predict import calibrate
+from benchmarks.scaling.summary import Summary, comparisons, scalings, summarise
+from benchmarks.scaling.table import FAILED, OK, Row, cell_of
 
 _WHERE = ("method", "ZeRO", "scaling", "nodes", "ranks", "link", "tokens/rank")
 
@@ -81,12 +81,11 @@ def _of_sizes(sizes: Sizes, rows: Sequence[Row]) -> list[str]:
         ]  # fmt: skip
         head = ["against", *_WHERE[1:], "LIFT's step is times as fast", "predicted", "times fewer bytes"]
         parts += ["### LIFT against the others", _table(head, rows_)]
-    lift = [one for one in found if one.refresh is not None]
-    if lift:
+    if any(one.median["refresh_seconds"] is not None for one in found):
         rows_ = [
-            [*_where(one.cell)[1:], _number(one.refresh, 3), _number(one.predicted_refresh, 3),
-             _number(one.refresh and one.refresh / one.seconds, 1), _megabytes(one.refresh_wire)]
-            for one in lift
+            [*_where(one.cell)[1:], _number(seconds, 3), _number(one.median["predicted_refresh_seconds"], 3),
+             _number(seconds / one.seconds, 1), _megabytes(one, "refresh_wire_bytes")]
+            for one in found if (seconds := one.median["refresh_seconds"]) is not None
         ]  # fmt: skip
         head = [*_WHERE[1:], "refresh, s", "predicted, s", "in steps", "MB it adds"]
         parts += ["### Refresh", _table(head, rows_)]
@@ -122,9 +121,10 @@ def _measured(found: Sequence[Summary]) -> str:
         [
             *_where(one.cell), str(one.repetitions), f"{one.seconds:.3f} ({one.fastest:.3f} to {one.slowest:.3f})",
             _number(one.predicted, 3), _number(one.predicted and one.seconds / one.predicted, 2),
-            _megabytes(one.wire) if one.cell.ranks > 1 else "-",
-            _megabytes(one.predicted_wire) if one.cell.ranks > 1 else "-", _number(one.limit, 3),
-            _number(one.limit and one.seconds / one.limit, 2), _megabytes(one.peak), _megabytes(one.predicted_peak),
+            _number(1e-6 * one.wire if one.cell.ranks > 1 else None, 2),
+            _megabytes(one, "predicted_wire_bytes") if one.cell.ranks > 1 else "-", _number(one.limit, 3),
+            _number(one.limit and one.seconds / one.limit, 2), _megabytes(one, "peak_bytes"),
+            _megabytes(one, "predicted_peak_bytes"),
         ]
         for one in found
     ]  # fmt: skip
@@ -145,7 +145,8 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def _megabytes(value: float | None) -> str:
+def _megabytes(one: Summary, column: str) -> str:
+    value = one.median[column]
     return _number(None if value is None else 1e-6 * value, 2)
 
 
