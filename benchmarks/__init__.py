@@ -5,5 +5,6 @@ Read `footprint.py` first.
 
 import os
 
-# DeepSpeed reads it when it is imported: the host, where nobody has named a device.
+# Read when DeepSpeed and transformers are imported: the host, where nobody has named a device; and no model is fetched.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

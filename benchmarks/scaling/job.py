@@ -40,7 +40,7 @@ class Job:
         threads: of a rank on the CPU.
         limit: seconds after which a node ends its ranks.
         environment: variables of the ranks on all nodes.
-        port: of the first node, where the ranks meet.
+        port: of the first node, where the ranks meet; chosen here, so it might be taken there: that cell fails.
     """
 
     cell: Cell

@@ -101,7 +101,7 @@ class Hosts:
         for host in hosts:
             if ranks_per_node > self._slots[host]:
                 raise ValueError(f"{ranks_per_node} ranks on {host}: {self._path} has slots={self._slots[host]} there")
-        needed = [str(_ROOT), sys.executable, str(folder)]
+        needed = [str(_ROOT / "benchmarks"), sys.executable, str(folder)]
         question = " && ".join(f"test -e {shlex.quote(path)}" for path in needed)
         asked = [(host, subprocess.Popen([*_SSH, host, question], stdin=subprocess.DEVNULL)) for host in hosts]
         for host, process in asked:
