@@ -1,6 +1,6 @@
 """The pictures of README and docs, drawn into docs/pictures/; the same inputs give the same files.
 
-    python benchmarks/pictures.py
+    python -m benchmarks.pictures
 
 idea.svg      a small matrix, its low-rank approximation and what is selected in it
 memory.svg    bytes counted in real runs (results/footprint.json), and what `lift-ds plan` says of larger models
