@@ -50,6 +50,7 @@ class Architecture:
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
         early: entries of the frozen parameters that come before all that is trained: no backward reaches them.
         ends: entries of the embeddings and of the head, where they are frozen.
+        tied: entries of the head where it is an embedding too; `ends` has them twice.
         differences: in what the model is not a decoder of the Llama family.
     """
 
@@ -62,6 +63,7 @@ class Architecture:
     first_inputs: int
     early: int
     ends: int
+    tied: int
     differences: tuple[str, ...]
 
 
@@ -77,6 +79,7 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
     blocks = [block for stack in stacks for block in stack]
     hidden = _size(text, "hidden_size") or _embedding(model).shape[1]
     intermediate = _intermediate(text, blocks, hidden)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     return Architecture(
         hidden=hidden,
         intermediate=intermediate,
@@ -86,7 +89,8 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         vocabulary=_head(model).shape[0],
         first_inputs=_first_inputs(blocks),
         early=_early(model),
-        ends=_ends(model),
+        ends=sum(weight.numel() for weight in (*embeddings, _output(model)) if _is_frozen(weight)),
+        tied=sum(weight.numel() for weight in embeddings if weight is _output(model)),
         differences=_differences(model, stacks, hidden, intermediate),
     )
 
@@ -178,14 +182,11 @@ def _first_inputs(blocks: list[nn.Module]) -> int:
 def _early(model: Any) -> int:
     managed = {id(layer.weight) for _, layer in principal_layers(model)}
     frozen = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
-    head = _output(model)
-    return sum(parameter.numel() for parameter in frozen if id(parameter) not in managed and parameter is not head)
+    return sum(parameter.numel() for parameter in frozen if id(parameter) not in managed)
 
 
-def _ends(model: Any) -> int:
-    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    ends = {id(weight): weight for weight in (*embeddings, _head(model))}
-    return sum(weight.numel() for weight in ends.values() if not weight.requires_grad)
+def _is_frozen(weight: nn.Parameter | None) -> bool:
+    return weight is not None and not weight.requires_grad
 
 
 def _key_width_by(text: Any, hidden: int) -> int:

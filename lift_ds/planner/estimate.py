@@ -163,6 +163,7 @@ def setting_for(
         first_inputs=facts.first_inputs,
         early=early,
         ends=facts.ends,
+        tied=facts.tied,
         checkpointing=choice.checkpointing,
         # The product that ends a layer of a decoder comes from the feed-forward width.
         last_products=sum(rows * columns for rows, columns in shapes if columns == facts.intermediate),

@@ -50,6 +50,7 @@ class Setting:
         first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
         early: of U, entries that come before all that is trained.
         ends: of U, entries of the embeddings and of the head.
+        tied: entries of the head where it is an embedding too, and so is used twice; `ends` has them twice.
         checkpointing: whether a layer is computed again in its backward.
         last_products: entries of the managed matrices whose product ends a layer, and is not computed again.
         layers: L.
@@ -72,6 +73,7 @@ class Setting:
     first_inputs: int = 0
     early: int = 0
     ends: int = 0
+    tied: int = 0
     checkpointing: bool = False
     last_products: int = 0
     layers: int = 1
@@ -233,7 +235,7 @@ def network_step(setting: Setting) -> dict[str, float]:
 
         - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
         - Frozen parameters are fetched forward and backward too, but for those before all that is trained, which no
-          backward reaches: the embeddings, as a rule.
+          backward reaches: the embeddings, as a rule. Where these are the head too, they are fetched for each.
         - Activation checkpointing lets backward reach these, and fetches what lies within layers once more, but for the
           last product of a layer, which is not computed again (LoRA's is, its adapter comes after it).
         - What `live` lets it keep from forward to backward is not fetched again. In full fine-tuning neither is a
@@ -274,13 +276,14 @@ def written_back(setting: Setting) -> int:
 def _weights_fetched(setting: Setting) -> float:
     """Elements of weights and frozen parameters that ZeRO-3 fetches in a step."""
     total = setting.managed + setting.unmanaged
+    used = total + setting.tied
     if not setting.checkpointing:
         first = setting.first_inputs if setting.method == "lora" else 0
-        return max(total, 2 * total - setting.early - first - setting.kept)
-    again = total - setting.ends - (setting.last_products if setting.method != "lora" else 0)
+        return max(total, 2 * used - setting.early - first - setting.kept)
+    again = used - setting.ends - (setting.last_products if setting.method != "lora" else 0)
     if setting.method == "full" and setting.live >= total // setting.layers:
         again = 0
-    return max(total, 2 * total - setting.kept) + again
+    return max(total, 2 * used - setting.kept) + again
 
 
 def network_refresh(setting: Setting) -> dict[str, float]:
