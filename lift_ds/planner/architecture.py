@@ -12,7 +12,6 @@ says where each of their sizes is read, and what stands in for it where a model 
                      of what the queries leave, which are as wide as the input of the attention's other matrix; else
                      the head_dim and num_key_value_heads of the configuration; else h
     heads a          num_attention_heads of the configuration; else 1
-    first inputs     entries of the managed matrices of the first attention but its last, that of the output; else 0
 
 `differences` names in what else a model is not as the formulas take it to be.
 """
@@ -20,17 +19,22 @@ says where each of their sizes is read, and what stands in for it where a model 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lift_ds.model.layers import PrincipalLayer, principal_layers
+from lift_ds.planner.formulas import Uses
 
 #: Names of the matrices that make the keys, and of those that make queries, keys and values at once.
 _KEYS = ("k_proj", "key", "k", "key_proj", "k_lin", "Wk")
 _FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv")
+
+#: Classes of the matrices that are layers of their own.
+_LINEAR = (nn.Linear, Conv1D)
 
 #: How transformers names the classes of attention and of experts, in part.
 _ATTENTION, _EXPERTS = ("Attention", "MLA"), ("Experts",)
@@ -47,9 +51,7 @@ class Architecture:
         heads: of the queries.
         layers: L.
         vocabulary: V.
-        first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
-        early: entries of the frozen parameters that come before all that is trained: no backward reaches them.
-        ends: entries of the embeddings and of the head, where they are frozen.
+        uses: where it uses its weights.
         differences: in what the model is not a decoder of the Llama family.
     """
 
@@ -59,9 +61,7 @@ class Architecture:
     heads: int
     layers: int
     vocabulary: int
-    first_inputs: int
-    early: int
-    ends: int
+    uses: Uses
     differences: tuple[str, ...]
 
 
@@ -84,9 +84,7 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         heads=_size(text, "num_attention_heads") or 1,
         layers=len(blocks),
         vocabulary=_head(model).shape[0],
-        first_inputs=_first_inputs(blocks),
-        early=_early(model),
-        ends=_ends(model),
+        uses=_uses(model, blocks, intermediate),
         differences=_differences(model, stacks, hidden, intermediate),
     )
 
@@ -133,7 +131,7 @@ def _head(model: Any) -> Any:
 
 def _matrices(block: nn.Module) -> list[tuple[int, int]]:
     """Return the outputs and inputs of each matrix that is a layer of its own."""
-    return [_outputs_and_inputs(module) for module in block.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return [_outputs_and_inputs(module) for module in block.modules() if isinstance(module, _LINEAR)]
 
 
 def _outputs_and_inputs(module: Any) -> tuple[int, int]:
@@ -156,7 +154,7 @@ def _key_width(blocks: list[nn.Module]) -> int | None:
             own = {
                 name: _outputs_and_inputs(child)
                 for name, child in module.named_children()
-                if isinstance(child, (nn.Linear, Conv1D))
+                if isinstance(child, _LINEAR)
             }
             for name, (outputs, _) in own.items():
                 if name in _KEYS:
@@ -167,25 +165,28 @@ def _key_width(blocks: list[nn.Module]) -> int | None:
     return None
 
 
-def _first_inputs(blocks: list[nn.Module]) -> int:
+def _uses(model: Any, blocks: list[nn.Module], intermediate: int) -> Uses:
     attentions = [module for block in blocks[:1] for module in block.modules() if _is_named(module, _ATTENTION)]
-    linear = [
-        module for found in attentions[:1] for module in found.modules() if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    return sum(module.weight.numel() for module in linear[:-1] if isinstance(module, PrincipalLayer))
-
-
-def _early(model: Any) -> int:
-    managed = {id(layer.weight) for _, layer in principal_layers(model)}
-    frozen = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
+    # The last matrix of an attention is that of its output; all others see the embeddings.
+    inputs = [matrix for found in attentions[:1] for matrix in found.modules() if isinstance(matrix, _LINEAR)][:-1]
+    managed = [layer for _, layer in principal_layers(model)]
+    weights = {id(layer.weight) for layer in managed}
+    early = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
     head = _output(model)
-    return sum(parameter.numel() for parameter in frozen if id(parameter) not in managed and parameter is not head)
-
-
-def _ends(model: Any) -> int:
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    ends = {id(weight): weight for weight in (*embeddings, _head(model))}
-    return sum(weight.numel() for weight in ends.values() if not weight.requires_grad)
+    ends = embeddings if head is None else [*embeddings, head]
+    return Uses(
+        first_inputs=_entries(matrix.weight for matrix in inputs if isinstance(matrix, PrincipalLayer)),
+        early=_entries(parameter for parameter in early if id(parameter) not in weights),
+        # What ends a layer comes from the feed-forward width.
+        last_products=_entries(layer.weight for layer in managed if _outputs_and_inputs(layer)[1] == intermediate),
+        ends=_entries(weight for weight in ends if not weight.requires_grad),
+        tied=_entries(weight for weight in embeddings if weight is head),
+    )
+
+
+def _entries(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() for weight in weights)
 
 
 def _key_width_by(text: Any, hidden: int) -> int:

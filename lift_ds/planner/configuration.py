@@ -33,24 +33,11 @@ OLDER_NAMES = {"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_at
 TEXT = "text_config"
 
 
-def load_config(model: str) -> Any:
-    """Return the transformers configuration of a named size or a folder.
-
-    Args:
-        model: a named size, or a folder with a config.json, or such a file.
-
-    Raises:
-        ValueError: for an unknown model, or a configuration that leaves out what a plan needs.
-    """
-    content, source = read_content(model)
-    return settings_of(content, source)
-
-
 def read_content(model: str) -> tuple[dict[str, Any], str]:
     """Return what a configuration says, and where it is written.
 
     Args:
-        model: as in `load_config`.
+        model: a named size, or a folder with a config.json, or such a file.
 
     Raises:
         ValueError: when there is no such size or file, or the file holds no JSON object.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -136,10 +137,10 @@ def setting_for(
         matrices_alone: whether full fine-tuning trains the managed matrices alone, not every parameter.
     """
     shapes, dense, others = tuple(facts.shapes.values()), facts.dense, facts.others
-    early = facts.early
+    uses = facts.uses
     if choice.method == "full" and not matrices_alone:
         shapes += tuple((size, 1) for size in (*map(math.prod, dense), *others))
-        dense, others, early = (), (), 0
+        dense, others, uses = (), (), dataclasses.replace(uses, early=0)
     trained = {
         "full": [rows * columns for rows, columns in shapes],
         "lora": [size for name, k in facts.entries.items() for size in _adapters(k, *facts.shapes[name])],
@@ -160,12 +161,8 @@ def setting_for(
         offload=choice.offload,
         tile=HOST_GRADIENT_TILE if device_type == "cpu" else GRADIENT_TILE,
         placement=config.index_placement,
-        first_inputs=facts.first_inputs,
-        early=early,
-        ends=facts.ends,
         checkpointing=choice.checkpointing,
-        # The product that ends a layer of a decoder comes from the feed-forward width.
-        last_products=sum(rows * columns for rows, columns in shapes if columns == facts.intermediate),
+        uses=uses,
         layers=facts.layers,
     )
 

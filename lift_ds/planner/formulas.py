@@ -28,6 +28,25 @@ LOW, HIGH, WORD = 2, 4, 4
 
 
 @dataclass(frozen=True)
+class Uses:
+    """Where a model uses its weights, in entries; ZeRO-3 fetches them by it.
+
+    Args:
+        first_inputs: of the managed matrices that see the embeddings, whose input needs no gradient.
+        early: of the frozen parameters that come before all that is trained: no backward reaches them.
+        last_products: of the managed matrices whose product ends a layer, and is not computed again.
+        ends: of the embeddings and of the head, where they are frozen.
+        tied: of the head where it is an embedding too, and so is used twice; `ends` has them twice.
+    """
+
+    first_inputs: int = 0
+    early: int = 0
+    last_products: int = 0
+    ends: int = 0
+    tied: int = 0
+
+
+@dataclass(frozen=True)
 class Setting:
     """One run, by its sizes; `estimate.setting_for` makes it for a model.
 
@@ -43,15 +62,11 @@ class Setting:
         block_shape: of the blocks that an index is made of.
         bucket: elements of DeepSpeed's reduce bucket.
         live: elements that ZeRO-3 may keep gathered (`stage3_max_live_parameters`, `stage3_max_reuse_distance`).
-        sub_group: elements that ZeRO-3 updates at a time.
         offload: whether master values, moments and their update are on the host.
         tile: entries of a weight's gradient that LIFT forms at a time.
         placement: of the index in ZeRO 1 and 2, "sharded" or "replicated".
-        first_inputs: entries of the managed matrices that see the embeddings, whose input needs no gradient.
-        early: of U, entries that come before all that is trained.
-        ends: of U, entries of the embeddings and of the head.
         checkpointing: whether a layer is computed again in its backward.
-        last_products: entries of the managed matrices whose product ends a layer, and is not computed again.
+        uses: where the model uses its weights.
         layers: L.
     """
 
@@ -65,15 +80,11 @@ class Setting:
     block_shape: tuple[int, int] = (1, 1)
     bucket: int = 0
     live: int = 0
-    sub_group: int = 10**9
     offload: bool = False
     tile: int = GRADIENT_TILE
     placement: str = "sharded"
-    first_inputs: int = 0
-    early: int = 0
-    ends: int = 0
     checkpointing: bool = False
-    last_products: int = 0
+    uses: Uses = Uses()
     layers: int = 1
 
     @property
@@ -233,7 +244,7 @@ def network_step(setting: Setting) -> dict[str, float]:
 
         - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
         - Frozen parameters are fetched forward and backward too, but for those before all that is trained, which no
-          backward reaches: the embeddings, as a rule.
+          backward reaches: the embeddings, as a rule. Where these are the head too, they are fetched for each.
         - Activation checkpointing lets backward reach these, and fetches what lies within layers once more, but for the
           last product of a layer, which is not computed again (LoRA's is, its adapter comes after it).
         - What `live` lets it keep from forward to backward is not fetched again. In full fine-tuning neither is a
@@ -273,14 +284,15 @@ def written_back(setting: Setting) -> int:
 
 def _weights_fetched(setting: Setting) -> float:
     """Elements of weights and frozen parameters that ZeRO-3 fetches in a step."""
-    total = setting.managed + setting.unmanaged
+    total, uses = setting.managed + setting.unmanaged, setting.uses
+    used = total + uses.tied
     if not setting.checkpointing:
-        first = setting.first_inputs if setting.method == "lora" else 0
-        return max(total, 2 * total - setting.early - first - setting.kept)
-    again = total - setting.ends - (setting.last_products if setting.method != "lora" else 0)
+        first = uses.first_inputs if setting.method == "lora" else 0
+        return max(total, 2 * used - uses.early - first - setting.kept)
+    again = used - uses.ends - (uses.last_products if setting.method != "lora" else 0)
     if setting.method == "full" and setting.live >= total // setting.layers:
         again = 0
-    return max(total, 2 * total - setting.kept) + again
+    return max(total, 2 * used - setting.kept) + again
 
 
 def network_refresh(setting: Setting) -> dict[str, float]:

@@ -56,7 +56,12 @@ class ModelFacts(Architecture):
     @property
     def parameters(self) -> int:
         """All parameters of the model."""
-        return self.managed + sum(map(math.prod, self.dense)) + sum(self.others)
+        return self.managed + self.dense_parameters + sum(self.others)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Those trained densely beside."""
+        return sum(map(math.prod, self.dense))
 
 
 def read_facts(model: str, config: LiftConfig) -> ModelFacts:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, WORD, Setting, persistent, whole_index
 from lift_ds.refresh.store import write_back_batches
 
+#: Elements that ZeRO-3 updates at a time, by DeepSpeed's default.
+SUB_GROUP = 10**9
+
 #: Moments of a step.
 FORWARD, FIRST_BACKWARD, LAST_BACKWARD, STEP = "loss", "backward, last layer", "backward, first layer", "step"
 
@@ -140,7 +143,7 @@ def _step(setting: Setting) -> float:
         return 0.0
     shard = setting.total_trained / (setting.ranks if setting.stage else 1)
     if setting.stage == 3:  # updates a sub-group at a time
-        return max((LOW + HIGH) * min(shard, setting.sub_group), _written_at_a_time(setting))
+        return max((LOW + HIGH) * min(shard, SUB_GROUP), _written_at_a_time(setting))
     return (LOW + HIGH + LOW * (setting.stage > 0)) * shard
 
 

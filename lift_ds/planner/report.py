@@ -28,7 +28,8 @@ def _summary(plan: Plan) -> list[str]:
     trained = sum(facts.entries.values())
     return [
         f"{facts.name}: {facts.parameters:,} parameters; LIFT manages {len(facts.shapes)} matrices, trains "
-        f"{trained:,} of their {facts.managed:,} entries ({trained / facts.managed:.2%})",
+        f"{trained:,} of their {facts.managed:,} entries ({trained / facts.managed:.2%})"
+        + (f"; {facts.dense_parameters:,} more parameters trained densely" if facts.dense else ""),
         f"{cluster.nodes} x {cluster.gpus_per_node} {hardware.name}: {hardware.memory_gb:g} GB, "
         f"{hardware.reserve_gb:g} of them kept free; {hardware.tflops:g} TFLOPS at {hardware.efficiency:.0%}; links "
         f"{hardware.intra_gb:g} GB/s in a node"

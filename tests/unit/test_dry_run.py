@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lift_ds import LiftConfig
 from lift_ds.model.layers import principal_layers
-from lift_ds.planner.configuration import load_config
+from lift_ds.planner.configuration import read_content, settings_of
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import (
     GRADIENTS,
@@ -42,12 +42,12 @@ CONFIG = LiftConfig(budget_rank=128)
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return build_on_meta(load_config("70B"), CONFIG)
+    return build_on_meta(settings_of(*read_content("70B")), CONFIG)
 
 
 @pytest.fixture(scope="module")
 def facts(model: nn.Module) -> ModelFacts:
-    return facts_of("70B", load_config("70B"), model)
+    return facts_of("70B", settings_of(*read_content("70B")), model)
 
 
 @pytest.fixture(params=[0, 17, 63])
@@ -65,7 +65,7 @@ def test_nothing_is_allocated(model: nn.Module) -> None:
 
 
 def test_the_sharded_index_of_a_rank_is_what_the_planner_says(rank: int, facts: ModelFacts) -> None:
-    own = build_on_meta(load_config("70B"), CONFIG)  # sharding empties it
+    own = build_on_meta(settings_of(*read_content("70B")), CONFIG)  # sharding empties it
     sharded = ShardedIndex({name: layer.principal.index for name, layer in principal_layers(own)}, None, lambda: False)
     held = sum(shard.nbytes for shard in sharded._shards.values())
     expected = persistent(setting_for(facts, CONFIG, Choice("lift", 2, False, 1, 1, True, 2048), RANKS))

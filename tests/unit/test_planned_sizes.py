@@ -38,6 +38,7 @@ from lift_ds.planner.formulas import (
 )
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.refresh_work import refresh_work
+from lift_ds.refresh import store
 from lift_ds.selection import MatrixSize, selection_cost
 from lift_ds.selection.memory import carry_memory, selection_memory
 
@@ -209,3 +210,20 @@ def test_a_refresh_is_that_of_the_driver(planned: Planned) -> None:
     assert found.slowest == sum(max(sum(map(cost, own)) for own in jobs) for jobs in plan.parts.values())
     parts = [(jobs, [name for own in jobs for name in own]) for jobs in plan.parts.values()]
     assert found.memory == max(memory(own, part) for jobs, part in parts for own in jobs)
+
+
+@pytest.mark.parametrize(
+    ("entries", "runs"),
+    [
+        ([], []),
+        ([20], [[20]]),
+        ([20, 1], [[20], [1]]),
+        ([3, 3, 4, 1], [[3, 3, 4], [1]]),
+        ([1, 20, 1], [[1], [20], [1]]),
+    ],
+)
+def test_a_write_back_gathers_as_many_matrices_as_fit(
+    entries: list[int], runs: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "WRITE_BACK_BATCH", 10)
+    assert [entries[batch] for batch in store.write_back_batches(entries)] == runs
