@@ -287,9 +287,7 @@ class LiftConfig:
         """
         content = read_ds_config(ds_config)
         if LIFT_BLOCK not in content:
-            source = (
-                os.fspath(ds_config) if isinstance(ds_config, (str, os.PathLike)) else "the DeepSpeed configuration"
-            )
+            source = "the DeepSpeed configuration" if isinstance(ds_config, Mapping) else os.fspath(ds_config)
             raise ValueError(
                 f'{source} has no top-level "{LIFT_BLOCK}" block; '
                 f'add for example "{LIFT_BLOCK}": {{"density": 0.05, "lra_rank": 128, "refresh_interval": 200}}'
