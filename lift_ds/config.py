@@ -287,8 +287,9 @@ class LiftConfig:
         """
         content = read_ds_config(ds_config)
         if LIFT_BLOCK not in content:
+            source = "the DeepSpeed configuration" if isinstance(ds_config, Mapping) else os.fspath(ds_config)
             raise ValueError(
-                f'{_source(ds_config)} has no top-level "{LIFT_BLOCK}" block; '
+                f'{source} has no top-level "{LIFT_BLOCK}" block; '
                 f'add for example "{LIFT_BLOCK}": {{"density": 0.05, "lra_rank": 128, "refresh_interval": 200}}'
             )
         return cls.from_dict(content[LIFT_BLOCK])
@@ -347,7 +348,3 @@ def read_json_object(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: needs a JSON object, this is a {type(content).__name__}")
     return content
-
-
-def _source(ds_config: object) -> str:
-    return os.fspath(ds_config) if isinstance(ds_config, (str, os.PathLike)) else "the DeepSpeed configuration"

@@ -81,17 +81,16 @@ class CheckedTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # The last thing in a save that the ranks do together is in here: from there on a failure has to be told.
-        try:
-            super()._save_optimizer_and_scheduler(output_dir)
-        except SaveError:
-            raise  # in the middle of DeepSpeed's save: the others cannot be told
-        except WRITER_ERRORS as error:
-            self._failures.append(save_error(output_dir, error))
-        stop_together(self._failures)
+        self._save_and_tell(super()._save_optimizer_and_scheduler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        self._save_and_tell(super()._save_rng_state, output_dir)
+
+    def _save_and_tell(self, save: Callable[[str], None], output_dir: str) -> None:
         try:
-            super()._save_rng_state(output_dir)
+            save(output_dir)
+        except SaveError:
+            raise  # in the middle of DeepSpeed's save: the others cannot be told
         except WRITER_ERRORS as error:
             self._failures.append(save_error(output_dir, error))
         stop_together(self._failures)

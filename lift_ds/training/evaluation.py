@@ -13,17 +13,11 @@ from lift_ds.training.demo import run as demo
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows to evaluate, and how to speak of them.
+    """Rows to evaluate, and how to speak of them."""
 
-    Args:
-        rows: one set of rows, or several by name.
-        metrics: metric name -> row of the final table.
-        choice: how these rows were chosen; empty where they are all that there are.
-    """
-
-    rows: Dataset | dict[str, Dataset]
-    metrics: dict[str, str]
-    choice: str = ""
+    rows: Dataset | dict[str, Dataset]  # one set, or several by name
+    metrics: dict[str, str]  # name of the metric -> row of the final table
+    choice: str = ""  # how these rows were chosen; empty where they are all that there are
 
     def announcement(self, used: int) -> str:
         """Return what to say when the rows are about to be evaluated for the first time.

@@ -43,15 +43,10 @@ def training_dtype(args: TrainArguments) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Base:
-    """What the saved model is to have of the base it came from.
+    """What the saved model is to have of the base it came from."""
 
-    Args:
-        dtype: of its checkpoint.
-        use_cache: of its configuration.
-    """
-
-    dtype: torch.dtype
-    use_cache: bool
+    dtype: torch.dtype  # of the checkpoint
+    use_cache: bool  # of the configuration
 
 
 def load_model(script: ScriptArguments, args: TrainArguments) -> tuple[PreTrainedModel, Base]:
@@ -245,22 +240,18 @@ def _last_ended(output: Path) -> Choice:
 
 
 def _load_as_saved(args: TrainArguments, checkpoint: str) -> None:
-    """Tell DeepSpeed the form of a checkpoint, whatever its file says.
+    """Tell DeepSpeed in which form a checkpoint was saved.
 
     A run that resumed from a universal checkpoint saves plain ones, and its restarts use the same file.
     """
-    _refuse_states_on_disk(args)
     universal = by_main(lambda: read(checkpoint)["universal"])
-    if args.deepspeed:
-        args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = universal
-
-
-def _refuse_states_on_disk(args: TrainArguments) -> None:
-    """The Trainer loads a checkpoint before LIFT is bound to the engine, which has to see to shards on a disk."""
-    settings = args.hf_deepspeed_config if args.deepspeed else None
+    if not args.deepspeed:
+        return
     for key in ("offload_param", "offload_optimizer"):
-        if settings is not None and settings.get_value(f"zero_optimization.{key}.device") == "nvme":
+        # The Trainer loads a checkpoint before LIFT is bound to the engine, which has to see to shards on a disk.
+        if args.hf_deepspeed_config.get_value(f"zero_optimization.{key}.device") == "nvme":
             raise ValueError(
                 f'the DeepSpeed configuration has {key}.device="nvme", from which a Trainer cannot resume; '
                 'use "cpu", or lift_ds.initialize in a loop of your own'
             )
+    args.hf_deepspeed_config.config.setdefault("checkpoint", {})["load_universal"] = universal

@@ -40,25 +40,15 @@ logger = get_logger()
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is set up and checked.
-
-    Args:
-        settings: all that it was told.
-        trainer: ready to train.
-        tokenizer: saved beside the model.
-        base: what the saved model takes from the base.
-        about: what the model's card says.
-        checkpoint: the folder to resume from.
-        evaluation: held-out rows.
-    """
+    """A run that is set up and checked."""
 
     settings: Settings
     trainer: CheckedTrainer
     tokenizer: PreTrainedTokenizerBase
     base: loading.Base
     about: model_card.Trained
-    checkpoint: str | None
-    evaluation: Evaluation | None
+    checkpoint: str | None  # the folder to resume from
+    evaluation: Evaluation | None  # held-out rows
 
     @property
     def folder(self) -> str:

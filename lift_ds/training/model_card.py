@@ -25,19 +25,12 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a card tells of a run.
-
-    Args:
-        told: the settings: base, data and method.
-        args: schedule and seed.
-        share: share of the managed entries that LIFT trained; None where another method trained.
-        rows: how many rows were trained on.
-    """
+    """What a card tells of a run."""
 
     told: Settings
     args: TrainArguments
-    share: float | None
-    rows: int
+    share: float | None  # of the managed entries, which LIFT trained; None where another method trained
+    rows: int  # trained on
 
     def write_card(self, folder: str | Path, losses: str = "") -> None:
         """Write `README.md` into a folder.

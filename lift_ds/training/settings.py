@@ -58,19 +58,12 @@ _LATER = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run.
+    """All settings of a run."""
 
-    Args:
-        script: model, data and method.
-        lift: LIFT's settings.
-        trainer: the fields of TrainArguments, which is built from them when the ranks have met.
-        is_demo: whether neither model nor data were named, so that both are generated.
-    """
-
-    script: ScriptArguments
+    script: ScriptArguments  # model, data and method
     lift: LiftConfig
-    trainer: Mapping[str, Any]
-    is_demo: bool
+    trainer: Mapping[str, Any]  # the fields of TrainArguments, which is built when the ranks have met
+    is_demo: bool  # neither model nor data were named, so that both are generated
 
     @property
     def method(self) -> str:

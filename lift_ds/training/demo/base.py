@@ -46,36 +46,20 @@ _LAUNCHER_VARIABLES = (
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """What the base is made of; another value gives another cache entry.
-
-    Args:
-        hidden_size: width of the model.
-        layers: number of decoder layers.
-        heads: attention heads; half as many for keys and values.
-        intermediate_size: width of the feed-forward part.
-        vocab_size: entries of the byte-level BPE vocabulary.
-        block_size: tokens of one training row of the base.
-        batch_size: rows of one training step of the base.
-        steps: training steps of the base.
-        learning_rate: of the base's dense training.
-        stories: training stories of the base.
-        problems: training rows of the new task.
-        held_out: held-out rows of either kind.
-        seed: of the texts and of the training.
-    """
+    """What the base model and its data are made of. Another value gives another entry of the cache."""
 
     hidden_size: int = 192
     layers: int = 4
-    heads: int = 6
+    heads: int = 6  # half as many for keys and values
     intermediate_size: int = 512
-    vocab_size: int = 1024
-    block_size: int = 128
+    vocab_size: int = 1024  # of a byte-level BPE
+    block_size: int = 128  # tokens of a row in the base's own training, which is dense
     batch_size: int = 16
     steps: int = 240
     learning_rate: float = 3e-3
-    stories: int = 12_000
-    problems: int = 2_000
-    held_out: int = 128
+    stories: int = 12_000  # that the base is trained on
+    problems: int = 2_000  # training rows of the new task
+    held_out: int = 128  # rows of either kind
     seed: int = 0
 
 
@@ -161,15 +145,16 @@ def _run_builder(part: Path, settings: BaseSettings, timeout: float) -> None:
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", "lift_ds.training.demo.base", "--output", str(part)]
     command += ["--settings", json.dumps(dataclasses.asdict(settings))]
-    with _terminated_as_exception(), tempfile.TemporaryFile("w+") as log:
+    with _terminated_as_exception():
         try:
-            done = subprocess.run(command, env=environment, timeout=timeout, stdout=log, stderr=log, check=False)
+            done = subprocess.run(
+                command, env=environment, timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"the base model was not built within {timeout:g} seconds") from None
-        if done.returncode != 0:
-            log.seek(0)
-            tail = "\n".join(log.read().splitlines()[-20:])
-            raise RuntimeError(f"building the base model failed with code {done.returncode}:\n{tail}")
+    if done.returncode != 0:
+        tail = "\n".join(done.stdout.splitlines()[-20:])
+        raise RuntimeError(f"building the base model failed with code {done.returncode}:\n{tail}")
 
 
 @contextlib.contextmanager
