@@ -106,11 +106,6 @@ class Setting:
         return sum(map(sum, self.groups))
 
     @property
-    def total_dense(self) -> int:
-        """Elements that are trained densely beside."""
-        return sum(map(math.prod, self.dense))
-
-    @property
     def unmanaged(self) -> int:
         """U."""
         return sum(self.others)
@@ -118,7 +113,7 @@ class Setting:
     @property
     def parameters(self) -> int:
         """Elements of the model, θ and adapters apart."""
-        return self.managed + self.total_dense + self.unmanaged
+        return self.managed + sum(map(math.prod, self.dense)) + self.unmanaged
 
     @cached_property
     def index_words(self) -> list[int]:
