@@ -53,12 +53,7 @@ def settle(values: dict[str, Any], given: Collection[str]) -> str:
     Returns:
         One line that says what was set.
     """
-    same = {
-        "density": "budget_rank",
-        "num_train_epochs": "max_steps",
-        "activation_checkpointing": "gradient_checkpointing",
-    }
-    kept = {*given, *(same[name] for name in given if name in same)}
+    kept = {*given, *(_SAID_BY[name] for name in given if name in _SAID_BY)}
     applied = {name: value for name, value in SETTINGS.items() if name not in kept}
     folder = base_folder(BaseSettings())
     values.update(applied, model_name_or_path=str(folder), train_file=str(folder / TRAIN_FILE), eval_split_size=0.0)
