@@ -27,10 +27,9 @@ from benchmarks.measure.models import ds_config, step
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, write_results
 from lift_ds.planner import peak
-from lift_ds.planner.estimate import Choice, setting_for
+from lift_ds.planner.estimate import Choice, activations_for, setting_for
 from lift_ds.planner.formulas import GRADIENTS, persistent
 from lift_ds.planner.models import facts_of
-from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
 
 #: A count may be over its plan by this share. Below it is no fault: a refresh is planned by upper estimates.
@@ -90,18 +89,9 @@ def train(args: argparse.Namespace) -> Record:
 
 
 def _plan(facts: Any, config: lift_ds.LiftConfig, tokens: int) -> Record:
-    setting = setting_for(facts, config, Choice("lift", stage=2, checkpointing=True), 1, device_type="cpu")
-    setting = dataclasses.replace(setting, bucket=_BUCKET)
-    work = Activations(
-        tokens=tokens,
-        hidden=facts.hidden,
-        intermediate=facts.intermediate,
-        key_value=facts.key_value,
-        heads=facts.heads,
-        layers=1,
-        vocabulary=_VOCABULARY,
-        checkpointing=True,
-    )
+    choice = Choice("lift", stage=2, checkpointing=True, sequence=tokens)
+    setting = dataclasses.replace(setting_for(facts, config, choice, 1, device_type="cpu"), bucket=_BUCKET)
+    work = activations_for(facts, choice)
     held = persistent(setting)
     refresh = refresh_work(facts, config, 1, 2)
     return {

@@ -36,7 +36,7 @@ from benchmarks.measure.models import build_llama, dense_engine, ds_config, llam
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
 from lift_ds.planner import formulas
-from lift_ds.planner.estimate import Choice, setting_for
+from lift_ds.planner.estimate import Choice, activations_for, setting_for
 from lift_ds.planner.formulas import CATEGORIES, GRADIENTS, INDEX, MASTER, MOMENTS, OTHER
 from lift_ds.planner.models import build_on_meta, facts_of
 from lift_ds.planner.peak import Activations, peak
@@ -145,29 +145,17 @@ def _as_json(window: Window) -> Record:
     }
 
 
-def setting_of(case: Case) -> formulas.Setting:
-    """Return what the formulas need to know about a case."""
+def planned(case: Case) -> tuple[formulas.Setting, Activations]:
+    """Return what the formulas need to know about a case, and those of its peak."""
     config = lift_ds.LiftConfig.from_dict(lift_block(case))
     model = llama_config(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
     facts = facts_of(str(case), model, build_on_meta(model, config))
-    choice = Choice(case.method.removesuffix("-replicated"), case.stage, checkpointing=case.checkpointing)
+    choice = Choice(
+        case.method.removesuffix("-replicated"), case.stage,
+        micro_batch=case.batch, sequence=case.sequence, checkpointing=case.checkpointing,
+    )  # fmt: skip
     setting = setting_for(facts, config, choice, case.ranks, device_type="cpu", matrices_alone=True)
-    return dataclasses.replace(setting, bucket=case.hidden**2, live=case.live)
-
-
-def activations_of(case: Case) -> Activations:
-    """Return what the formulas of the peak need to know about a case."""
-    return Activations(
-        tokens=case.batch * case.sequence,
-        hidden=case.hidden,
-        intermediate=case.intermediate,
-        key_value=case.hidden,
-        heads=max(1, case.hidden // 64),
-        layers=case.layers,
-        vocabulary=case.vocabulary,
-        checkpointing=case.checkpointing,
-        adapters=7 * case.rank if case.method == "lora" else 0,
-    )
+    return dataclasses.replace(setting, bucket=case.hidden**2, live=case.live), activations_for(facts, choice)
 
 
 def summarise(case: Case, found: list[Record]) -> Record:
@@ -177,7 +165,8 @@ def summarise(case: Case, found: list[Record]) -> Record:
         case: the configuration.
         found: what `count` returned on each rank; memory is that of the rank that holds most.
     """
-    setting = setting_of(case)
+    setting, work = planned(case)
+    peak_moment, peak_bytes = peak(setting, work)
     managed = setting.managed
 
     def worst(*path: str) -> float:
@@ -208,8 +197,8 @@ def summarise(case: Case, found: list[Record]) -> Record:
         "unseen_by_walk": worst("unseen_by_walk"),
         "transient_peak": worst("step", "peak"),
         "peak": max((rank["start"] + rank["step"]["peak"]) / managed for rank in found),
-        "peak_formula": peak(setting, activations_of(case))[1] / managed,
-        "peak_moment": peak(setting, activations_of(case))[0],
+        "peak_formula": peak_bytes / managed,
+        "peak_moment": peak_moment,
         "peak_origins": {origin: size / managed for origin, size in found[0]["step"]["peak_origins"].items()},
         "network": beside(kinds("step", "logical"), formulas.network_step(setting)),
         "network_received": {

@@ -25,7 +25,7 @@ from benchmarks.scaling.cells import PROBE, Cell, Sizes
 from benchmarks.scaling.table import OK, Row, cell_of
 from lift_ds.config import LiftConfig
 from lift_ds.planner import peak, speed
-from lift_ds.planner.estimate import Choice, setting_for
+from lift_ds.planner.estimate import Choice, activations_for, setting_for
 from lift_ds.planner.formulas import Setting
 from lift_ds.planner.hardware import Hardware
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
@@ -79,19 +79,7 @@ def setting_of(cell: Cell, device: str) -> Setting:
 
 def activations_of(cell: Cell) -> Activations:
     """Return the sizes of a micro-batch of a cell."""
-    sizes = cell.sizes
-    model = facts(sizes)
-    return Activations(
-        tokens=cell.tokens,
-        hidden=model.hidden,
-        intermediate=model.intermediate,
-        key_value=model.key_value,
-        heads=model.heads,
-        layers=model.layers,
-        vocabulary=model.vocabulary,
-        checkpointing=False,
-        adapters=7 * sizes.lora_rank if cell.method == "lora" else 0,
-    )
+    return activations_for(facts(cell.sizes, cell.method), Choice(cell.method, cell.stage, sequence=cell.tokens))
 
 
 def calibrate(rows: Sequence[Row], sizes: Sizes) -> Calibration | None:
