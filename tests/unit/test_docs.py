@@ -1,13 +1,12 @@
 """Pins that output, tables and pictures in the documentation are what the program makes of them, and that the files,
 tests and public names that pages name are there.
 
-`python tests/documented.py` writes output and tables, `python benchmarks/pictures.py` the pictures.
+`python tests/documented.py` writes output and tables, `python -m benchmarks.pictures` the pictures.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,7 @@ from documented import pages, refreshed
 from pages import PAGES, REPOSITORY
 
 import lift_ds
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import pictures
+from benchmarks import pictures
 
 #: A file in the repository, perhaps with a test in it, between backticks.
 _NAMED = re.compile(
