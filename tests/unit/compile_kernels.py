@@ -1,6 +1,6 @@
 """Compiles the Triton kernel for GPUs that need not be there, by the arguments of its own launches.
 
-python compile_kernels.py TARGET RESULTS.json     RESULTS: {case: the kinds of code it was compiled to, or an error}
+python compile_kernels.py TARGET RESULTS.json     RESULTS: {case: what the kernel takes of a GPU, or an error}
 
 A process of its own: where TRITON_INTERPRET is set, triton has replaced its compiler by the interpreter.
 """
@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
 from lift_ds.index.kernels.triton_access import TritonAccess, copy_entries
 
-#: Ampere, Hopper, Blackwell.
+#: Ampere, Hopper, Blackwell; AMD's MI300.
 TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 
 #: Of the piece and of the values: any two that a model may have, and float64 by itself.
 _MIXED = (torch.bfloat16, torch.float16, torch.float32)
@@ -29,6 +33,10 @@ DTYPES = [*itertools.product(_MIXED, _MIXED), (torch.float64, torch.float64)]
 BLOCK_SHAPES = ((1, 1), (4, 4), (3, 5))
 #: Columns of the grid of blocks in an index of 16-bit columns, and in one of wide positions.
 GRIDS = (8, 70_000)
+
+
+#: Comes with triton.
+CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
 
 
 class CompileOnly:
@@ -59,13 +67,37 @@ def entries_of(block_shape: tuple[int, int], grid_columns: int) -> tuple[TritonA
 def compiled(
     entries: TritonAccess, count: int, size: int, piece: torch.dtype, values: torch.dtype, gather: bool
 ) -> Any:
-    """The code of one specialisation, by kind; the message where there is none."""
+    """What one specialisation takes of a GPU; the message where it does not compile."""
     launch = entries.launch(torch.empty(size, dtype=piece), 0, torch.empty(count, dtype=values), gather=gather)
     try:
         kernel = copy_entries.warmup(*launch.arguments, grid=(launch.programs,), **launch.constants)
     except triton.CompilationError as error:
         return str(error)
-    return sorted(kernel.asm)
+    return taken_on_cuda(kernel.asm["cubin"]) if "cubin" in kernel.asm else taken_on_amd(kernel.asm["amdgcn"])
+
+
+def taken_on_cuda(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, bytes of a thread that do not fit into them, bytes of shared memory, by NVIDIA's tool."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.search(rf"\b{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL", "SHARED")}  # type: ignore[index]
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": found["SHARED"]}
+
+
+def taken_on_amd(assembly: str) -> dict[str, int]:
+    """The same, by what the compiler notes at the end of its assembly."""
+    names = (
+        "vgpr_count",
+        "vgpr_spill_count",
+        "sgpr_spill_count",
+        "private_segment_fixed_size",
+        "group_segment_fixed_size",
+    )
+    found = {name: int(re.search(rf"\.{name}: +(\d+)", assembly)[1]) for name in names}  # type: ignore[index]
+    spilled = sum(found[name] for name in names[1:4])
+    return {"registers": found["vgpr_count"], "spilled": spilled, "shared": found["group_segment_fixed_size"]}
 
 
 def main(target: str, results: Path) -> None:

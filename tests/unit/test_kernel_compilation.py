@@ -1,4 +1,5 @@
-"""Pins that the Triton kernel compiles for every GPU and in every form that training can ask for, without a GPU.
+"""Pins that the Triton kernel compiles for every GPU and in every form that training can ask for, without a GPU, and
+that a thread of it needs no memory beside its registers.
 
 Dtypes and constants are those that triton reads off a launch, and the launch is made by the code that trains. The
 interpreter, by which the other tests run the kernel, accepts more than the compiler does.
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is for Linux alone")
 
@@ -41,5 +42,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 def test_every_form_of_the_kernel_compiles(compiled: dict[str, dict[str, Any]], target: str) -> None:
     cases = compiled[target]
     assert len(cases) == 3 * 2 * 10 * 2  # block shapes, forms of the index, pairs of dtypes, directions
-    failed = {case: code for case, code in cases.items() if "cubin" not in code}
+    failed = {case: error for case, error in cases.items() if isinstance(error, str)}
     assert not failed
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_form_spills_registers_or_takes_shared_memory(compiled: dict[str, dict[str, Any]], target: str) -> None:
+    """So that as many programs run at a time as a GPU can hold: 2,048 threads share 65,536 registers on NVIDIA's, 32 each.
+    Seen are 26, and 9 on AMD's."""
+    for case, taken in compiled[target].items():
+        assert (taken["spilled"], taken["shared"]) == (0, 0), case
+        assert 0 < taken["registers"] <= 32, case
