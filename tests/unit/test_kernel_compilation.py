@@ -48,8 +48,9 @@ def test_every_form_of_the_kernel_compiles(compiled: dict[str, dict[str, Any]], 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_form_spills_registers_or_takes_shared_memory(compiled: dict[str, dict[str, Any]], target: str) -> None:
-    """So that as many programs run at a time as a GPU can hold: 2,048 threads share 65,536 registers on NVIDIA's, 32 each.
-    Seen are 26, and 9 on AMD's."""
+    """So that a GPU runs as many programs at a time as it can hold: on NVIDIA's, 2,048 threads share 65,536 registers.
+    Seen are 26 a thread, and 9 on AMD's.
+    """
     for case, taken in compiled[target].items():
         assert (taken["spilled"], taken["shared"]) == (0, 0), case
         assert 0 < taken["registers"] <= 32, case
