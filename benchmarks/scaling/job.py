@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.scaling.cells import Cell, Sizes
 from benchmarks.scaling.node import JOB
+from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.ports import free_port
 
 RESULT, FAILED = "result.json", "failed.txt"
@@ -80,9 +81,7 @@ def read_job(folder: Path) -> Job:
 
 def note_result(folder: Path, content: Any) -> None:
     """Leave what was measured, such that a reader sees all of it or no file."""
-    partial = folder / f".{RESULT}"
-    partial.write_text(json.dumps(content))
-    os.replace(partial, folder / RESULT)
+    write_whole(folder / RESULT, json.dumps(content))
 
 
 def note_failure(folder: Path, text: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling.cells import Cell, Sizes
+from lift_ds.runtime.files import write_whole
 
 #: A row: column -> value; None where nothing was measured, counted or predicted.
 Row = dict[str, Any]
@@ -77,14 +78,13 @@ def _read(path: Path, line: int, texts: dict[str, str]) -> Row:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write all rows; a reader sees either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            # A number is written as it reads, so that a table that is read and written stays the same.
-            writer.writerow({name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] is not None})
-    os.replace(partial, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        # A number is written as it reads, so that a table that is read and written stays the same.
+        writer.writerow({name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] is not None})
+    write_whole(path, text.getvalue())
 
 
 def left_to_do(cells: Iterable[Cell], rows: Iterable[Row], retry: bool) -> list[Cell]:

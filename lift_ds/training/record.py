@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from lift_ds import LiftConfig
+from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import is_main_rank
 from lift_ds.runtime.ranks import from_all
 from lift_ds.training.arguments import adam_settings
@@ -92,7 +93,5 @@ def write(path: Path, content: dict[str, Any]) -> None:
         content: what JSON does not know in it (paths, infinity) is written as its text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     plain = json.loads(json.dumps(content, default=str), parse_constant=str)
-    part.write_text(json.dumps(plain, indent=2) + "\n")
-    part.replace(path)
+    write_whole(path, json.dumps(plain, indent=2) + "\n")
