@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std, start_processes
 
 from lift_ds.runtime.ports import free_port
-from lift_ds.zero.ranks import unlink_shared_memory
+from lift_ds.zero.process_group import unlink_shared_memory
 
 #: Seconds between two looks at the ranks, and that an ended rank has before it is killed.
 _INTERVAL, _GRACE = 0.1, 5

@@ -33,7 +33,7 @@ from lift_ds.training.checked_trainer import CheckedTrainer, train_what_is_left
 from lift_ds.training.demo import run as demo
 from lift_ds.training.evaluation import Evaluation, of_demo, of_held_out
 from lift_ds.training.settings import Settings, read_settings
-from lift_ds.zero.ranks import init_ranks, unlink_shared_memory
+from lift_ds.zero.process_group import init_ranks, unlink_shared_memory
 
 logger = get_logger()
 
@@ -132,7 +132,6 @@ def join_ranks(settings: Settings) -> TrainArguments:
         rendezvous.meet()
     args = TrainArguments(**settings.trainer)
     if args.deepspeed:
-        # On CPUs Accelerate has made the process group without DeepSpeed, which would take itself to be alone.
         init_ranks()
         rendezvous.limit_collectives(args.ddp_timeout)
         unlink_shared_memory()
