@@ -19,7 +19,7 @@ from trl import SFTConfig
 from lift_ds import LiftConfig
 from lift_ds.config import USUAL_DENSITY, did_you_mean
 from lift_ds.runtime.logs import get_logger, is_main_rank
-from lift_ds.training.data import TEXT_FIELD
+from lift_ds.training.data import ROW_LAYOUTS, TEXT_FIELD
 
 logger = get_logger()
 
@@ -80,7 +80,7 @@ class ScriptArguments:
     dataset_name: str | None = _flag("A data set that `datasets` can load, by name or folder")
     dataset_config: str | None = _flag("Configuration of the data set, where it has several")
     dataset_split: str = _flag("Split of the data set to train on", "train")
-    train_file: str | None = _flag("A JSON array or JSON lines; the README describes the rows")
+    train_file: str | None = _flag(f"A JSON array or JSON lines; rows with {ROW_LAYOUTS}")
     eval_file: str | None = _flag("Held-out rows (default: split off the training rows)")
     eval_split_size: float = _flag("Share or number of training rows to hold out; 0: none", 0.05)
     eval_max_rows: int = _flag("Most held-out rows to evaluate; --seed picks them. 0: all", 200)
