@@ -45,6 +45,9 @@ METHODS = ("full", "lora", "lift", "lift-replicated")
 #: Kinds of collectives in the order of the table.
 KINDS = ("all_reduce", "reduce_scatter", "all_gather", "broadcast", "gather")
 
+#: By which a refresh carries the states of training over to a new index.
+_CARRYING = ("all_reduce", "all_gather", "all_to_all")
+
 #: A count may be off its formula by this share; where the formula has nothing, by these bytes per managed parameter
 #: (scalars such as step counts, norms and the token batch).
 TOLERANCE, NOTHING = 0.02, 0.005
@@ -214,6 +217,9 @@ def summarise(case: Case, found: list[Record]) -> Record:
         extra = {kind: size - worst("step", "logical", kind) for kind, size in both.items()}
         record["refresh_network"] = beside(extra, formulas.network_refresh(setting))
         record["refresh_network_total"] = sum(extra.values())
+        # Beside the new index and the weights, which owners gather and broadcast.
+        received = {kind: worst("refresh", "received", kind) - worst("step", "received", kind) for kind in _CARRYING}
+        record["refresh_carried"] = sum(received.values())
         record["refresh_transient_peak"] = worst("refresh", "peak")
     return record
 
@@ -263,6 +269,8 @@ def budgets(records: list[Record]) -> list[Record]:
                 judge("network <= 1/12 of full", lift, share, scale / 12)
             else:
                 judge("network <= 1/18 of full", lift, share, scale / 18)
+        if n > 1 and stage > 0:
+            judge("states carried in a refresh <= 0.15", lift, lift["refresh_carried"], 0.15 * scale)
         if lora and stage == 2 and n == 4 and method == "lift":
             more = lift["persistent_total"] - lora["persistent_total"]
             judge("persistent within 0.15/N of LoRA", lift, more, 0.15 / n * scale)

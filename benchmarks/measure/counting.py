@@ -15,7 +15,7 @@ operator of the namespace `c10d`.
               all_reduce       what it takes                              2 (N - 1)/N
               broadcast, reduce, scatter                                  (N - 1)/N, mean over the ranks
               gather                                                      (N - 1)/N on the root, nothing elsewhere
-              all_to_all       what one rank sends                        (N - 1)/N
+              all_to_all       what a rank receives from others           1
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +52,7 @@ _COLLECTIVES = {
     "c10d::gather_": ("gather", 1),
     "c10d::scatter_": ("scatter", 0),
     "c10d::alltoall_": ("all_to_all", 1),
-    "c10d::alltoall_base_": ("all_to_all", 1),
+    "c10d::alltoall_base_": ("all_to_all", 0),
     "c10d::send": ("send", 0),
     "c10d::recv_": ("receive", 0),
 }
@@ -183,11 +184,14 @@ class Ledger(TorchDispatchMode):
         size = sum(tensor.nbytes for tensor in tensors_in(args[whole]))
         if kind in _PART_OF_WHOLE:
             size *= self._ranks
+        share = ring_share(kind, self._ranks)
+        if name == "c10d::alltoall_base_" and args[3]:  # parts of unequal sizes, of which one stays here
+            size, share = size - size * args[3][dist.get_rank()] // max(1, sum(args[3])), 1.0
         receives = kind != "gather" or any(True for _ in tensors_in(args[0]))  # only the root passes outputs
         for window in self._windows:
             window.calls[kind] += 1
             window.logical[kind] += size
-            window.received[kind] += round(size * ring_share(kind, self._ranks)) * receives
+            window.received[kind] += round(size * share) * receives
 
 
 def walk_storages() -> list[torch.UntypedStorage]:

@@ -298,7 +298,10 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         new index                 the index               the index     broadcast by the owner
         new weights there         -                       2 d           broadcast by the owner
         old index                 -                       the index     all_gather
-        old state                 3 * 4 d all_reduce      3 * 4 d       all_gather
+        states                    -                       -             all_to_all, of what changes its rank
+
+    What changes its rank depends on the weights, and is little: a refresh that replaces a part of the entries at random
+    moves about the square root of their number across each border between two ranks.
 
     Args:
         setting: a run of LIFT.
@@ -311,9 +314,8 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         return {}
     entries, index = sum(setting.trained), whole_index(setting)
     if setting.stage < 3:
-        return {"broadcast": float(index), "all_reduce": 3.0 * HIGH * entries}
-    states = 3.0 * HIGH * setting.ranks * setting.share(setting.trained)
-    found = {"broadcast": float(index + LOW * entries), "all_gather": states + setting.ranks * index_share(setting)}
+        return {"broadcast": float(index)}
+    found = {"broadcast": float(index + LOW * entries), "all_gather": float(setting.ranks * index_share(setting))}
     if setting.ranks > 1:
         found["gather"] = float(LOW * setting.ranks * setting.share(map(math.prod, setting.shapes)))
     return found

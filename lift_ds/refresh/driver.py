@@ -21,8 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lift_ds.model.attachment import Attachment
-from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import carry_over
 from lift_ds.refresh.checks import Untrained, require_equal
 from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
@@ -134,13 +132,13 @@ class Driver:
         replaced = 0
         for name, layer in layers.items():
             selection = self.store.hand_out(layer, owners[name], selections.pop(name, None))
-            replaced += self._carry(layer, selection)
+            replaced += self.store.carry(layer, selection)
         self._report(
             RefreshReport(
                 step,
                 len(layers),
                 sum(layer.entries() for layer in layers.values()),
-                replaced,
+                self.store.total(replaced),
                 time.perf_counter() - start,
                 tuple(one.seconds for one in work),
                 int(sum(one.fell_back for one in work)),
@@ -194,16 +192,6 @@ class Driver:
         if found.subspace is not None:
             subspaces[name] = found.subspace
         return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found
-
-    def _carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
-        """Carry the state of one layer over to its new index; return how many entries are new."""
-        index = layer.principal.index.decode(selection.words)
-        current = self.store.current(layer, selection, index)
-        with self.store.whole_index(layer):
-            old_index = layer.principal_index
-        state, replaced = carry_over(old_index, self.store.read_state(layer), index, current)
-        self.store.replace(layer, selection.words, state)
-        return replaced
 
 
 def _progress(matrices: int) -> tqdm:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import MOMENTS, PrincipalState
+from lift_ds.refresh.carry import MOMENTS, PrincipalState, carry_over
 
 #: Entries of θ that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
 WRITE_BACK_BATCH = 2**25
@@ -54,9 +54,6 @@ class PrincipalStore(Protocol):
     def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
         """Return the owner's selection on every rank; None is given on the others."""
 
-    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
-        """Return the current weights [k] at a selection that was handed out; `index` is its index, decoded."""
-
     def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of all ranks.
 
@@ -70,11 +67,17 @@ class PrincipalStore(Protocol):
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         """Make the index of a layer whole on every rank within the context."""
 
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        """Return master and moments in the order of the index, whole on every rank."""
+    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
+        """Store a new index that was handed out; the state of what stays moves to where it is held from now on.
 
-    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
-        """Store a new index (encoded) and its state; θ takes the master values."""
+        θ takes the values at the new index, on every rank that has it. All ranks call.
+
+        Returns:
+            How many of the entries that this rank holds are new.
+        """
+
+    def total(self, count: int) -> int:
+        """Return the sum of what all ranks give; all of them call."""
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         """W.flat[I] = θ, wherever W lives."""
@@ -117,9 +120,6 @@ class DenseStore:
         assert selection is not None, "one process owns every matrix"
         return selection
 
-    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
-        return layer.weight.detach().view(-1)[index.long()]
-
     def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
         if failure:
             raise ValueError(failure)
@@ -135,15 +135,11 @@ class DenseStore:
         """Return the tensor that the optimizer updates for this layer."""
         return layer.principal_values
 
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        master = self.master(layer)
-        moments = self._optimizer.state.get(master, {})
-        # Adam has no state yet for a layer that no gradient has reached.
-        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in MOMENTS)
-        return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
-
     @torch.no_grad()
-    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
+    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
+        new_index = layer.principal.index.decode(selection.words)
+        current = layer.weight.detach().view(-1)[new_index.long()]  # [k]
+        state, replaced = carry_over(layer.principal_index, self._state(layer), new_index, current)
         master = self.master(layer)
         master.copy_(state.master)
         moments = self._optimizer.state.get(master, {})
@@ -151,7 +147,18 @@ class DenseStore:
             for key in MOMENTS:
                 moments[key].copy_(getattr(state, key))
         layer.principal_values.copy_(state.master)
-        layer.principal.index.words.copy_(words)
+        layer.principal.index.words.copy_(selection.words)
+        return replaced
+
+    def total(self, count: int) -> int:
+        return count
+
+    def _state(self, layer: PrincipalLayer) -> PrincipalState:
+        master = self.master(layer)
+        moments = self._optimizer.state.get(master, {})
+        # Adam has no state yet for a layer that no gradient has reached.
+        exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in MOMENTS)
+        return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:

@@ -103,7 +103,7 @@ def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> Princi
 def _partitioned_states(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     if getattr(wrapper, "round_robin_gradients", False):
         link_in_flat_order(wrapper)
-    return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment))
+    return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment), [*attachment.layers.values()])
 
 
 def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:

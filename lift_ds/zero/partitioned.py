@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import deepspeed
@@ -16,11 +17,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor
+from torch import Tensor, nn
 
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.partition import is_partitioned
+from lift_ds.refresh.carry import Range
 
 
 def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
@@ -104,31 +106,33 @@ def shard_in_memory(parameter: Any, *, write: bool) -> Iterator[Any]:
         parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
 
 
-def shard_range(parameter: Any) -> tuple[int, int]:
+def shard_range(parameter: Any) -> Range:
     """Return the flat positions [start, stop) of a partitioned parameter that this rank holds, padding excluded."""
-    size = parameter.ds_tensor.ds_numel
-    start = size * torch.distributed.get_rank(group=parameter.ds_process_group)
-    return min(start, parameter.ds_numel), min(start + size, parameter.ds_numel)
+    return shard_ranges(parameter)[torch.distributed.get_rank(group=parameter.ds_process_group)]
+
+
+def shard_ranges(parameter: Any) -> list[Range]:
+    """Return for each rank the flat positions of a partitioned parameter that it holds, padding excluded."""
+    ranks = torch.distributed.get_world_size(group=parameter.ds_process_group)
+    bounds = [min(rank * parameter.ds_tensor.ds_numel, parameter.ds_numel) for rank in range(ranks + 1)]
+    return list(pairwise(bounds))
 
 
 @contextmanager
-def own_part(parameter: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Give a function that cuts this rank's part, padded, from a value every rank has whole.
+def padded(parameter: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function that fills this rank's part of a value up to the length of a shard.
 
     Within the context the shard is in memory, as DeepSpeed's setters of local values ask for.
 
     Args:
         parameter: a partitioned parameter.
     """
-    start, stop = shard_range(parameter)
 
-    def part_of(value: Tensor) -> Tensor:
-        part = value.new_zeros(parameter.ds_tensor.ds_numel)
-        part[: stop - start] = value.reshape(-1)[start:stop]
-        return part
+    def fill(part: Tensor) -> Tensor:
+        return nn.functional.pad(part, (0, parameter.ds_tensor.ds_numel - part.numel()))
 
     with shard_in_memory(parameter, write=False):
-        yield part_of
+        yield fill
 
 
 @torch.no_grad()

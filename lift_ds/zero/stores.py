@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,29 +19,29 @@ from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor
 
+from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import MOMENTS, PrincipalState
+from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, found_in, holders
 from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
 from lift_ds.zero.partitioned import (
     assign,
     gathered,
     gathered_to,
-    own_part,
+    padded,
     put_values_in_shard,
     shard_range,
+    shard_ranges,
     weights_in_shard,
 )
 from lift_ds.zero.sharded_index import ShardedIndex
+from lift_ds.zero.state_exchange import carry_between
 
 
 class MasterCopyStore(DenseStore):
@@ -96,6 +97,12 @@ class _RankedStore:
         comm.all_reduce(anywhere, op=comm.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in anywhere.tolist()]
 
+    def total(self, count: int) -> int:
+        """One all-reduce."""
+        everyone = torch.tensor([count], device=get_accelerator().current_device_name())
+        comm.all_reduce(everyone, group=self._group)
+        return int(everyone)
+
     def _total(self, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Add up the counts of all ranks, int64 [len(counts), 2]; one all-reduce."""
         device = get_accelerator().current_device_name()
@@ -127,21 +134,23 @@ class _RankedStore:
 class PartitionedStateStore(_RankedStore):
     """Stages 1 and 2: master and moments are shards of flat groups, the index too; θ and W are whole on every rank.
 
-    A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (2 k bytes). Reading a
-    state is one all-reduce of 3 k float32 values, writing is local. Write-back uses the index that
-    backward has gathered, and moves nothing.
+    A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (2 k bytes). The old one
+    is there since backward, so each rank knows which entries of its fragment stay and which of them another rank holds
+    from now on; those alone move. Write-back uses the index that backward has gathered, and moves nothing.
 
     Args:
         wrapper: DeepSpeed's optimizer.
         index: the sharded index; None where it is replicated.
+        layers: all managed layers.
     """
 
     sharded = False
 
-    def __init__(self, wrapper: Any, index: ShardedIndex | None) -> None:
+    def __init__(self, wrapper: Any, index: ShardedIndex | None, layers: Sequence[PrincipalLayer]) -> None:
         super().__init__(wrapper.real_dp_process_group[0])
-        self._wrapper = wrapper
+        self._optimizer = wrapper.optimizer
         self._index = index
+        self._layers = list(layers)
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return layer.weight.detach() if owner == self.rank else None
@@ -152,29 +161,66 @@ class PartitionedStateStore(_RankedStore):
     def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
         return NewIndex(self._words_from_owner(layer, owner, selection), None)
 
-    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
-        return layer.weight.detach().view(-1)[index.long()]
-
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return nullcontext() if self._index is None else self._index.whole(layer.principal.index)
 
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        # DeepSpeed links the moments to θ at the first step after its start; a checkpoint loaded later than that
-        # replaces the tensors it has linked.
-        self._wrapper._hp_optimizer_states_linked = False
-        self._wrapper._lazy_init_hp_params_optimizer_state()
-        return _read_fragments(layer.principal_values)
-
     @torch.no_grad()
-    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
-        safe_set_full_fp32_param(layer.principal_values, state.master)
-        for key in MOMENTS:
-            safe_set_full_optimizer_state(layer.principal_values, getattr(state, key), key)
-        layer.principal_values.copy_(state.master)
+    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
+        index = layer.principal.index
+        new = CompactIndex(selection.words, index.layout)
+        with self.whole_index(layer):
+            replaced = self._carry_fragments(layer, index.compact(), new)
+            self._renew_values(layer, index.compact(), new)
         if self._index is None:
-            layer.principal.index.words.copy_(words)
+            index.words.copy_(selection.words)
         else:
-            self._index.store(layer.principal.index, words)
+            self._index.store(index, selection.words)
+        return replaced
+
+    def _carry_fragments(self, layer: PrincipalLayer, old: CompactIndex, new: CompactIndex) -> int:
+        """Carry over the fragment of master and moments that this rank holds; return how many entries are new."""
+        ranges = self._ranges[layer]
+        start, stop = ranges[self.rank]
+        if start == stop and holders(ranges) == 1:
+            return 0
+        old_index, new_index = old.positions(), new.positions()
+        current = layer.weight.detach().view(-1)[new_index[start:stop].long()]
+        held = self._own_state(layer.principal_values)
+        state, replaced = carry_between(old_index, held, new_index, current, ranges, self._group)
+        for mine, carried in zip(held, state, strict=True):
+            mine.copy_(carried)
+        return replaced
+
+    def _renew_values(self, layer: PrincipalLayer, old: CompactIndex, new: CompactIndex) -> None:
+        """Let θ, whole on this rank, take the values at a new index; the weights have been written back."""
+        values = layer.principal_values
+        renewed = weights_at(layer.weight, new).to(values.dtype)
+        if values.dtype != layer.weight.dtype:  # the weights are what θ was rounded to
+            old_index, new_index = old.positions(), new.positions()
+            stays = found_in(old_index, new_index, [(0, old_index.numel())])
+            renewed[stays.places] = values.detach()[stays.others]
+        values.copy_(renewed)
+
+    @cached_property
+    def _ranges(self) -> dict[PrincipalLayer, list[Range]]:
+        """Of the k entries of each layer the range whose state each rank holds; one all-gather."""
+        own = [_own_range(layer.principal_values) for layer in self._layers]
+        mine = torch.tensor(own, device=get_accelerator().current_device_name()).flatten()  # [2 * layers]
+        everyone = mine.new_empty(self.ranks * mine.numel())
+        comm.all_gather_into_tensor(everyone, mine, group=self._group)
+        of_layers = everyone.view(self.ranks, -1, 2).transpose(0, 1).tolist()  # [layers, N, 2]
+        return {layer: [*map(tuple, found)] for layer, found in zip(self._layers, of_layers, strict=True)}
+
+    def _own_state(self, values: Any) -> PrincipalState:
+        """Return master and moments of the fragment that this rank holds, as they lie in DeepSpeed's flat groups."""
+        held = values._hp_mapping
+        if held is None:
+            return PrincipalState(*(values.new_empty(0, dtype=torch.float32) for _ in PrincipalState._fields))
+        # Not the moments that DeepSpeed has linked to θ: a checkpoint loaded since then has replaced them.
+        (flat,) = self._optimizer.param_groups[held.param_group_index]["params"]
+        address = held.get_hp_fragment_address()
+        moments = [self._optimizer.state[flat][key].narrow(0, address.start, address.numel) for key in MOMENTS]
+        return PrincipalState(held.get_hp_fragment(), *moments)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:
@@ -192,8 +238,9 @@ class PartitionedStateStore(_RankedStore):
             index = layer.principal.index.compact()
             if write_first:
                 put_values(layer.weight, index, layer.principal_values)
-            own, master = _own_fragment(layer.principal_values)
-            return differences(weights_at(layer.weight, index)[own], master), master.numel()
+            start, stop = _own_range(layer.principal_values)
+            master = self._own_state(layer.principal_values).master
+            return differences(weights_at(layer.weight, index)[start:stop], master), stop - start
 
     def release(self) -> None:
         if self._index is not None:
@@ -205,8 +252,8 @@ class PartitionedParameterStore(_RankedStore):
 
     In a refresh the shards of a weight are gathered to its owner, so that each weight crosses the network about once in
     total; the owner broadcasts the new index and the weights there (2 k + 2 k bytes in bf16). The old index is
-    all-gathered; reading a state all-gathers k float32 values for each of its three tensors; a write is local;
-    write-back all-gathers θ and I of some layers at a time.
+    all-gathered (2 k); of the states those entries move that another rank holds from now on. Write-back all-gathers θ
+    and I of some layers at a time.
 
     Args:
         wrapper: DeepSpeed's optimizer.
@@ -230,24 +277,23 @@ class PartitionedParameterStore(_RankedStore):
             self._from_owner(owner, current, layer.entries(), layer.weight.dtype),
         )
 
-    def current(self, layer: PrincipalLayer, selection: NewIndex, index: Tensor) -> Tensor:
-        assert selection.current is not None, "the owner hands out the weights too"
-        return selection.current
-
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return gathered([layer.principal.index.words])
 
-    def read_state(self, layer: PrincipalLayer) -> PrincipalState:
-        return _read_full(layer)
-
-    def replace(self, layer: PrincipalLayer, words: Tensor, state: PrincipalState) -> None:
-        # DeepSpeed's setters of whole values refuse a number of entries that N does not divide.
-        with own_part(layer.principal_values) as part_of:
-            safe_set_local_fp32_param(layer.principal_values, part_of(state.master))
-            for key in MOMENTS:
-                safe_set_local_optimizer_state(layer.principal_values, part_of(getattr(state, key)), key)
-        assign(layer.principal_values, state.master)
-        assign(layer.principal.index.words, words)
+    @torch.no_grad()
+    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
+        assert selection.current is not None, "the owner hands out the weights too"
+        values, index = layer.principal_values, layer.principal.index
+        ranges = shard_ranges(values)
+        start, stop = ranges[self.rank]
+        new_index, current = index.decode(selection.words), selection.current[start:stop]
+        with self.whole_index(layer):
+            old_index = layer.principal_index
+        state, replaced = carry_between(old_index, _own_state(values), new_index, current, ranges, self._group)
+        _store_state(values, state)
+        assign(values, selection.current)
+        assign(index.words, selection.words)
+        return replaced
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in _whole_in_batches(layers):
@@ -278,34 +324,28 @@ def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLay
             yield from layers[batch]
 
 
-def _read_fragments(values: Any) -> PrincipalState:
-    """Read what the ranks of stage 1 or 2 hold fragments of; one all-reduce, where DeepSpeed's getters take three.
-
-    Args:
-        values: θ [k], linked by DeepSpeed to the fragment of its flat group that this rank holds, if any.
-    """
-    whole = torch.zeros(3, values.numel(), dtype=torch.float32, device=values.device)
-    for row, key in enumerate((None, *MOMENTS)):
-        own, fragment = _own_fragment(values, key)
-        whole[row, own].copy_(fragment)
-    comm.all_reduce(whole, group=values._dp_group)
-    return PrincipalState(*whole)
+def _own_range(values: Any) -> Range:
+    """Return which of the k master values this rank of stage 1 or 2 holds."""
+    if values._hp_mapping is None:
+        return 0, 0
+    address = values._hp_mapping.lp_fragment_address
+    return address.start, address.start + address.numel
 
 
-def _own_fragment(values: Any, key: str | None = None) -> tuple[slice, Tensor]:
-    """Return the part of the master values, or of a moment, that this rank holds: which of the k, and the fragment."""
-    held = values._hp_mapping
-    if held is None:
-        return slice(0, 0), values.new_empty(0)
-    start = held.lp_fragment_address.start
-    return slice(start, start + held.lp_fragment_address.numel), held.get_hp_fragment(key)
+def _own_state(values: Any) -> PrincipalState:
+    """Return a copy of the state that this rank of stage 3 holds, padding excluded."""
+    start, stop = shard_range(values)
+    read = [partial(safe_get_local_optimizer_state, values, key) for key in MOMENTS]
+    # Copied one after the other: where they live on a disk, they are read into the same memory.
+    return PrincipalState(*(part().view(-1)[: stop - start].clone() for part in (partial(_own_master, values), *read)))
 
 
-def _read_full(layer: PrincipalLayer) -> PrincipalState:
-    # In one all-gather it would need the local values, which DeepSpeed does not fetch from a disk.
-    values = layer.principal_values
-    moments = [safe_get_full_optimizer_state(values, key) for key in MOMENTS]
-    return PrincipalState(*(tensor.view(-1) for tensor in (safe_get_full_fp32_param(values), *moments)))
+def _store_state(values: Any, state: PrincipalState) -> None:
+    """Store the state that this rank of stage 3 holds from now on."""
+    with padded(values) as fill:
+        safe_set_local_fp32_param(values, fill(state.master))
+        for key in MOMENTS:
+            safe_set_local_optimizer_state(values, fill(getattr(state, key)), key)
 
 
 def _own_master(values: Any) -> Tensor:

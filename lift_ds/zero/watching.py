@@ -31,8 +31,8 @@ _STORE_CALLS = {
     "hand_out": "handing out the index of",
     "agree": "agreeing on the selections",
     "on_any_rank": "agreeing on the layers that were trained",
-    "read_state": "reading the state of",
-    "replace": "storing the state of",
+    "carry": "carrying over the state of",
+    "total": "adding up what was replaced",
     "write_back": "writing back the trained values",
     "compare": "comparing the optimizer's state with the weights",
 }

@@ -72,3 +72,8 @@ def sorted_selection(scores: np.ndarray[Any, Any], k: int) -> list[int]:
     """Positions of the k largest |scores|, the earlier of equals first, by Python's sort; ascending."""
     flat = [abs(float(x)) for x in scores.reshape(-1)]
     return sorted(sorted(range(len(flat)), key=lambda p: (-flat[p], p))[:k])
+
+
+def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Normally distributed entries [rows, columns], the same for the same seed."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -172,19 +172,14 @@ def test_what_a_refresh_sends(planned: Planned) -> None:
     words = 4 * sum(layer.principal.index.word_count() for layer in layers)
     entries = sum(layer.entries() for layer in layers)
     if planned.setting.stage < 3:
-        expected = {"broadcast": words, "all_reduce": 3 * 4 * entries}
+        expected = {"broadcast": words}
     else:
-        states = 3 * 4 * ranks * elements_of_shards(layer.principal_values for layer in layers)
         expected = {
             "gather": ranks * own_bytes(layer.weight for layer in layers),
             "broadcast": words + 2 * entries,
-            "all_gather": states + ranks * planned.index_bytes(),
+            "all_gather": ranks * planned.index_bytes(),
         }
     assert network_refresh(planned.setting) == expected
-
-
-def elements_of_shards(parameters: Iterable[Any]) -> int:
-    return sum(p.ds_tensor.numel() for p in parameters)
 
 
 def test_a_refresh_is_that_of_the_driver(planned: Planned) -> None:

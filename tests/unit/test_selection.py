@@ -1,7 +1,7 @@
 """The selection of one matrix: the k largest entries of |W'| and no others, ties by position, the same from every
-solver, at every thread count; and what a refresh carries over.
+solver, at every thread count.
 
-Everything is compared with formulas that share no code with the package: numpy in float64, Python's sort, a dict.
+Everything is compared with formulas that share no code with the package: numpy in float64, Python's sort.
 """
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ import math
 
 import pytest
 import torch
-from helpers import numpy_low_rank, sorted_selection
+from helpers import numpy_low_rank, random_matrix, sorted_selection
 from torch import Tensor
 
 from lift_ds import principal_indices
-from lift_ds.refresh.carry import PrincipalState, carry_over
 from lift_ds.selection import low_rank_factors, top_k_positions
 
 SHAPES = {"tall": (192, 64), "wide": (64, 192), "square": (128, 128)}
-
-
-def random_matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def power_law_matrix(rows: int, columns: int, exponent: float) -> Tensor:
@@ -205,43 +200,3 @@ def test_one_entry_and_all_entries(solver: str, k: int) -> None:
     weight = random_matrix(8, 9)
     expected = sorted_selection(numpy_low_rank(weight, 2), k)
     assert principal_indices(weight, k=k, lra_rank=2, solver=solver).tolist() == expected
-
-
-def _selection(k: int, seed: int, size: int = 60) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:k].sort().values.int()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (_selection(20, 1), _selection(20, 2)),
-        (_selection(20, 1), _selection(20, 1)),
-        (torch.arange(0, 20).int(), torch.arange(20, 40).int()),
-        (torch.arange(20, 40).int(), torch.arange(0, 20).int()),
-        (torch.arange(0, 20).int(), torch.arange(1, 21).int()),
-        (torch.tensor([59]).int(), torch.tensor([0]).int()),
-    ],
-    ids=["mixed", "the same", "all above", "all below", "shifted", "one"],
-)
-def test_carry_over_is_that_of_a_dictionary(old: Tensor, new: Tensor, dtype: torch.dtype) -> None:
-    k = old.numel()
-    state = PrincipalState(*(random_matrix(1, k, seed).flatten() for seed in (3, 4, 5)))
-    weight = random_matrix(6, 10, 6).to(dtype)
-    by_position = {position: tuple(t[i].item() for t in state) for i, position in enumerate(old.tolist())}
-    expected = [by_position.get(p, (weight[p // 10, p % 10].item(), 0.0, 0.0)) for p in new.tolist()]
-
-    carried, replaced = carry_over(old, state, new, weight.view(-1)[new.long()])
-
-    assert list(zip(*(t.tolist() for t in carried), strict=True)) == expected
-    assert replaced == len(set(new.tolist()) - set(old.tolist()))
-    assert all(t.dtype == torch.float32 for t in carried)
-
-
-def test_carry_over_prefers_the_master_over_the_rounded_weight() -> None:
-    """A survivor's float32 master differs from its bf16 weight; taking the weight would round it at every refresh."""
-    current = torch.ones(2, dtype=torch.bfloat16)
-    master = torch.tensor([1.001, 0.999])
-    state = PrincipalState(master, torch.ones(2), torch.ones(2))
-    carried, _ = carry_over(torch.tensor([1, 4]).int(), state, torch.tensor([2, 4]).int(), current)
-    assert carried.master.tolist() == [1.0, master[1].item()]

@@ -242,7 +242,7 @@ def saved_models(stage: int, bf16: bool, folder: str) -> dict[str, Any]:
             with engines.whole_index(model, layer):
                 index = layer.principal_index.long()
             weight = masters[f"{name}.weight"] = found["weights"][f"{name}.weight"].float()
-            weight.view(-1)[index] = driver_of(engine).store.read_state(layer).master
+            weight.view(-1)[index] = safe_get_full_fp32_param(layer.principal_values)
         found["masters"] = masters
     dist.barrier()
     found["16bit"] = torch.load(f"{folder}/16bit{stage}/pytorch_model.bin")
