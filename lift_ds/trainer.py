@@ -106,7 +106,7 @@ class LiftCallback(_WatchedSaves):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        require_attachment(model)
+        attachment = require_attachment(model)
         optimizer = without_accelerate(optimizer)
         refuse_options(_deepspeed_file(args))
         self._rotations.hold(str(args.output_dir))
@@ -120,6 +120,8 @@ class LiftCallback(_WatchedSaves):
         self._reported = len(self._driver.refreshes)
         if state.global_step > 0:
             self._restore(model, self._resumed or _checkpoint(args, state))
+            attachment.selected = True
+        attachment.require_selected()
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from lift_ds.config import USUAL_DENSITY, LiftConfig
 from lift_ds.model.attachment import Attachment, attachment_of, erase, record, require_attachment
+from lift_ds.model.first_selection import Principal, reserved, select_first
 from lift_ds.model.layers import PRINCIPAL, PrincipalLayer, managed_class, unmanage
 from lift_ds.model.parameters import PrincipalSet
-from lift_ds.model.partition import is_partitioned, logical_shape, partition_of
+from lift_ds.model.partition import logical_shape, partition_of
 from lift_ds.model.targets import Targets, find_targets, unmanaged_summary
 from lift_ds.model.wrappers import refuse_before_attach
 from lift_ds.runtime.logs import get_logger
-from lift_ds.selection import MatrixSize, Selected, SelectionSettings
 from lift_ds.selection.blocks import divides
-from lift_ds.selection.memory import bounded
-from lift_ds.selection.select import fallback_note, select_in
-from lift_ds.selection.settings import settings_for
+from lift_ds.selection.select import fallback_note
 
 logger = get_logger()
 
@@ -33,19 +30,21 @@ _MAX_ENTRIES = 2**31 - 1
 _LARGE_SHARE = 0.2
 
 
-def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
+def attach(model: nn.Module, config: LiftConfig, *, resume: bool = False) -> nn.Module:
     """Make a model train its principal weights and nothing else, in place.
 
     Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal.values` θ [k]
     (trainable, float32 until DeepSpeed casts it) and `principal.index` I [k] (frozen), selected from the weights as
     they are now.
 
-    Works under `deepspeed.zero.Init` too: then every rank gathers one weight at a time (one all-gather a
-    matrix), selects, and θ and I are partitioned like the weight (one broadcast each).
+    Where torch.distributed has several ranks, all of them call, with the same weights: each selects in its share of the
+    matrices (`first_selection`). Works under `deepspeed.zero.Init` too: then each weight is gathered to the rank that
+    selects in it, and θ and I are partitioned like the weight.
 
     Args:
         model: any `nn.Module` with linear layers; a causal language model of transformers as a rule.
         config: the settings.
+        resume: select nothing, since a checkpoint that is loaded next has the index; training before that is refused.
 
     Returns:
         The model.
@@ -54,7 +53,13 @@ def attach(model: nn.Module, config: LiftConfig) -> nn.Module:
         ValueError: when LIFT is attached already, nothing matches the target modules, or a weight has NaN or
             infinite entries (the message names it). The model is unchanged then.
     """
-    return _attach(model, config, _select_in)
+    if _ranks_to_come() and not resume:
+        logger.warning(
+            "lift_ds.attach comes before torch.distributed is initialised, so each of the %s ranks selects in all "
+            "matrices; call it after TrainingArguments(...) or deepspeed.init_distributed() to deal them out",
+            os.environ["WORLD_SIZE"],
+        )  # fmt: skip
+    return _attach(model, config, select=not resume, dry=False)
 
 
 def dry_attach(model: nn.Module, config: LiftConfig) -> nn.Module:
@@ -72,33 +77,39 @@ def dry_attach(model: nn.Module, config: LiftConfig) -> nn.Module:
     Raises:
         ValueError: as `attach`, and when a weight is not on the meta device.
     """
-    return _attach(model, config, _reserve_in)
+    return _attach(model, config, select=False, dry=True)
 
 
-def _attach(
-    model: nn.Module, config: LiftConfig, select_in: Callable[[str, Any, LiftConfig], tuple[Tensor, Selected]]
-) -> nn.Module:
+def _attach(model: nn.Module, config: LiftConfig, *, select: bool, dry: bool) -> nn.Module:
     if attachment_of(model) is not None:
         raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
     refuse_before_attach(model)
     targets = find_targets(model, config)
-    for name, module in targets.layers.items():
-        _check_weight(name, module.weight, config, dry=select_in is _reserve_in)
+    weights = {name: module.weight for name, module in targets.layers.items()}
+    for name, weight in weights.items():
+        _check_weight(name, weight, config, dry=dry)
     left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
 
-    selected = {name: select_in(name, module, config) for name, module in targets.layers.items()}
-    subspaces = {name: found.subspace for name, (_, found) in selected.items() if found.subspace is not None}
-    fell_back = sum(found.fell_back for _, found in selected.values())
+    if select:
+        found, fell_back = select_first(weights, config)
+    else:
+        found, fell_back = {name: reserved(weight, config) for name, weight in weights.items()}, 0
+    subspaces = {name: one.subspace for name, one in found.items() if one.subspace is not None}
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in targets.dense)
     everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
-    layers = {name: _manage(module, *selected.pop(name), config) for name, module in targets.layers.items()}
-    attachment = Attachment(config, layers, required_grad, subspaces=subspaces)
+    layers = {name: _manage(module, found.pop(name)) for name, module in targets.layers.items()}
+    attachment = Attachment(config, layers, required_grad, subspaces=subspaces, selected=select)
     record(model, attachment)
     _log_attachment(attachment, everything, len(targets.dense), fell_back)
     _log_targets(targets, left_out)
     return model
+
+
+def _ranks_to_come() -> bool:
+    """Tell whether a launcher has started several ranks that have not met yet."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (dist.is_available() and dist.is_initialized())
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -144,47 +155,10 @@ def _check_weight(name: str, weight: Any, config: LiftConfig, *, dry: bool) -> N
         )
 
 
-@torch.no_grad()
-def _select_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
-    """Return θ [k] of a layer, whole on every rank, and the selection."""
-    with partition_of(module.weight).gathered([module.weight]):
-        weight = module.weight.detach()
-        device = _selection_device(weight)
-        settings = _settings(name, MatrixSize.of(weight.shape, weight.element_size()), config, device.type)
-        found = select_in(name, weight.to(device), settings)
-        found = replace(found, index=found.index.to(weight.device))
-        # ZeRO-3 wants one dtype in a partitioned model; elsewhere θ is its own float32 master until DeepSpeed casts it.
-        dtype = weight.dtype if is_partitioned(module.weight) or weight.dtype == torch.float64 else torch.float32
-        return weight.reshape(-1)[found.index].to(dtype), found
-
-
-def _reserve_in(name: str, module: Any, config: LiftConfig) -> tuple[Tensor, Selected]:
-    """Return tensors of the sizes that `_select_in` would return."""
-    matrix = MatrixSize.of(module.weight.shape, module.weight.element_size())
-    settings = _settings(name, matrix, config, "cuda")
-    index = torch.empty(settings.k, dtype=torch.int64, device="meta")
-    return module.weight.new_empty(index.numel()), Selected(index, settings.solver)
-
-
-def _settings(name: str, matrix: MatrixSize, config: LiftConfig, device_type: str) -> SelectionSettings:
-    """Return how to select in one matrix alone."""
-    return bounded(name, matrix, settings_for(matrix, config, device_type), config.refresh_memory_gib)
-
-
-def _selection_device(weight: Tensor) -> torch.device:
-    """Return where to factor a weight: its own device, or this rank's accelerator while the model is on the host."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None or weight.device.type != "cpu":
-        return weight.device
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device(accelerator.type, local_rank if local_rank < torch.accelerator.device_count() else 0)
-
-
-def _manage(module: Any, values: Tensor, found: Selected, config: LiftConfig) -> PrincipalLayer:
+def _manage(module: Any, found: Principal) -> PrincipalLayer:
     module.__class__ = managed_class(type(module))
     assert isinstance(module, PrincipalLayer)
-    rows, columns = logical_shape(module.weight)
-    principal = PrincipalSet(values, found.index.int(), rows, columns, config.block_shape)
+    principal = PrincipalSet(found.values, found.words, found.layout)
     module.add_module(PRINCIPAL, principal)
     partition_of(module.weight).partition_like(module.weight, [principal.values, principal.index.words])
     return module

@@ -36,6 +36,7 @@ class Attachment:
         subspaces: dotted name -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank has
             those of the matrices it selects in.
         hooks: on the model, for as long as LIFT is attached.
+        selected: whether the layers have an index; else a checkpoint is to bring it.
     """
 
     config: LiftConfig
@@ -50,6 +51,7 @@ class Attachment:
     step_seen: bool = False
     subspaces: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
+    selected: bool = True
 
     def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
         """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
@@ -98,6 +100,18 @@ class Attachment:
         self.reached = set()
         self.step_seen = True
 
+    def require_selected(self) -> None:
+        """Check that there is a selection to train or save.
+
+        Raises:
+            RuntimeError: `attach` has left it to a checkpoint, and none has been loaded.
+        """
+        if not self.selected:
+            raise RuntimeError(
+                "nothing is selected: resume=True left the index to a checkpoint, and none has been loaded since; load "
+                "one before training, or leave resume=True out to begin anew"
+            )
+
     def require_trainable(self, model: nn.Module) -> None:
         """Check that LIFT's parameters are as `attach` left them.
 
@@ -124,7 +138,7 @@ class Attachment:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         """A copy of the model is not trained until an optimizer is built for it."""
-        copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces))
+        copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces), selected=self.selected)
         memo[id(self)] = copied
         copied.layers = copy.deepcopy(self.layers, memo)
         return copied

@@ -79,6 +79,11 @@ class LayerOwner(Protocol):
     partitioned: bool
     #: What writes θ back after a step; None before an optimizer is bound.
     driver: Any
+    #: Whether the layers have an index.
+    selected: bool
+
+    def require_selected(self) -> None:
+        """Raise where the layers have no index yet."""
 
     def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
         """Take note that a gradient has reached a layer, whose whole index this is."""
@@ -113,8 +118,10 @@ class PrincipalLayer(nn.Module):
         """Return θ.
 
         Raises:
-            RuntimeError: in training, when something has frozen it, so that the step would train nothing.
+            RuntimeError: in training, when there is no index yet, or something has frozen θ.
         """
+        if torch.is_grad_enabled():
+            self.lift_attachment.require_selected()
         if self.training and torch.is_grad_enabled() and not values.requires_grad:
             raise RuntimeError(
                 "LIFT is attached but not active: a layer's principal values do not require gradients any more. "
@@ -165,7 +172,9 @@ class PrincipalLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}weight" in state_dict and f"{prefix}{VALUES}" not in state_dict:
+        if f"{prefix}{INDEX_WORDS}" in state_dict:
+            self.lift_attachment.selected = True
+        elif f"{prefix}weight" in state_dict and self.lift_attachment.selected:
             self._take_values_from_weight()
 
     @torch.no_grad()

@@ -44,18 +44,16 @@ class PrincipalIndex(nn.Module):
     1 and 2.
 
     Args:
-        index: int [k], ascending; a union of whole blocks.
-        rows: m.
-        columns: n.
-        block_shape: (p, q), which divide m and n.
+        words: I as it is stored, int32 [layout.word_count()].
+        layout: what the words mean.
     """
 
     words: nn.Parameter  # int32, frozen
 
-    def __init__(self, index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, words: Tensor, layout: IndexLayout) -> None:
         super().__init__()
-        self.layout = IndexLayout(rows, columns, index.numel(), block_shape)
-        self.words = IndexWords(self.encode(index), requires_grad=False)
+        self.layout = layout
+        self.words = IndexWords(words, requires_grad=False)
 
     def forward(self) -> Tensor:
         # A tensor, not a CompactIndex: the hooks of ZeRO-3 walk through what a module returns.
@@ -83,9 +81,7 @@ class PrincipalIndex(nn.Module):
         return self.layout.word_count()
 
     def encode(self, index: Tensor) -> Tensor:
-        """Return another index of this matrix as words; on the meta device by their number alone."""
-        if index.is_meta:
-            return index.new_empty(self.layout.word_count(), dtype=torch.int32)
+        """Return another index of this matrix as words."""
         return encode(index, self.layout.rows, self.layout.columns, self.layout.block_shape)
 
 
@@ -93,22 +89,18 @@ class PrincipalSet(nn.Module):
     """θ [k] (trainable) and I of one matrix.
 
     Args:
-        values: floating [k], the weights at `index`.
-        index: int [k], ascending.
-        rows: m.
-        columns: n.
-        block_shape: (p, q), of the blocks the index is made of.
+        values: floating [k], the weights at I.
+        words: I as it is stored, int32 [layout.word_count()].
+        layout: what the words mean.
     """
 
     values: nn.Parameter
     index: PrincipalIndex
 
-    def __init__(
-        self, values: Tensor, index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] = (1, 1)
-    ) -> None:
+    def __init__(self, values: Tensor, words: Tensor, layout: IndexLayout) -> None:
         super().__init__()
         self.values = nn.Parameter(values)
-        self.index = PrincipalIndex(index, rows, columns, block_shape)
+        self.index = PrincipalIndex(words, layout)
 
     def for_autograd(self) -> nn.Parameter:
         """Return θ in its logical shape, to be an input of a node of autograd.

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lift_ds.runtime.ranks import rank_and_count
+
 
 class Partition(Protocol):
     """How parameters of one kind are shared out over the ranks."""
@@ -23,6 +25,9 @@ class Partition(Protocol):
 
     def gathered(self, parameters: Sequence[Any]) -> AbstractContextManager[object]:
         """Make parameters whole on every rank within the context, for reading; all ranks call."""
+
+    def collected(self, parameter: Any, owner: int) -> Tensor | None:
+        """Return the whole parameter on the owner, for reading, None on the other ranks; all of them call."""
 
     def partition_like(self, parameter: Any, others: Sequence[Tensor]) -> None:
         """Share new parameters out as `parameter` is, as rank 0 has them; all ranks call."""
@@ -36,6 +41,9 @@ class Whole:
 
     def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def collected(self, parameter: Tensor, owner: int) -> Tensor | None:
+        return parameter.detach() if rank_and_count()[0] == owner else None
 
     def partition_like(self, parameter: Tensor, others: Sequence[Tensor]) -> None:
         pass

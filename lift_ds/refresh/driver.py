@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lift_ds.model.attachment import Attachment
 from lift_ds.refresh.checks import Untrained, require_equal
@@ -26,7 +25,7 @@ from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
 from lift_ds.refresh.store import NewIndex, PrincipalStore
 from lift_ds.runtime import watchdog
-from lift_ds.runtime.logs import get_logger, is_main_rank
+from lift_ds.runtime.logs import get_logger, matrix_progress
 from lift_ds.selection import MatrixSize, Selected
 from lift_ds.selection.select import select_in
 
@@ -34,9 +33,6 @@ logger = get_logger()
 
 #: Key in every parameter group that counts the applied steps: part of each optimizer checkpoint, whatever wraps it.
 APPLIED_STEPS = "lift_steps"
-
-#: A refresh that takes longer than this shows its progress.
-_PROGRESS_AFTER_SECONDS = 10.0
 
 
 class _Work(NamedTuple):
@@ -160,7 +156,7 @@ class Driver:
         start = time.perf_counter()
         selections: dict[str, NewIndex] = {}
         failure, fell_back, estimate = "", 0, 0.0
-        with _progress(sum(map(len, jobs))) as progress:
+        with matrix_progress(sum(map(len, jobs)), "LIFT refresh") as progress:
             for round_ in itertools.zip_longest(*jobs):
                 mine = self._collect(round_)
                 if mine is not None and not failure:
@@ -192,14 +188,3 @@ class Driver:
         if found.subspace is not None:
             subspaces[name] = found.subspace
         return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found
-
-
-def _progress(matrices: int) -> tqdm:
-    return tqdm(
-        total=matrices,
-        desc="LIFT refresh",
-        unit="matrix",
-        delay=_PROGRESS_AFTER_SECONDS,
-        leave=False,
-        disable=not is_main_rank(),
-    )

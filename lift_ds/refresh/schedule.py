@@ -9,6 +9,7 @@ from lift_ds.config import LiftConfig
 from lift_ds.index.encoding import word_count
 from lift_ds.runtime.ranks import deal_out
 from lift_ds.selection import MatrixSize, SelectionSettings, selection_cost
+from lift_ds.selection.cost import most_matrices
 from lift_ds.selection.memory import bounded
 from lift_ds.selection.settings import settings_for
 
@@ -97,7 +98,8 @@ def plan_refresh(
 
 def _deal(names: Sequence[str], costs: Mapping[str, int], ranks: int, first: int) -> Jobs:
     """Deal some matrices out over the ranks, beginning with rank `first`."""
-    dealt = [[names[job] for job in jobs] for jobs in deal_out([costs[name] for name in names], ranks)]
+    jobs = deal_out([costs[name] for name in names], ranks, most_matrices(len(names), ranks))
+    dealt = [[names[job] for job in of_rank] for of_rank in jobs]
     return [dealt[(rank - first) % ranks] for rank in range(ranks)]
 
 

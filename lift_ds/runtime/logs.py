@@ -9,6 +9,9 @@ import sys
 import torch.distributed as dist
 from tqdm import tqdm
 
+#: A selection in many matrices that takes longer than this shows its progress.
+_PROGRESS_AFTER_SECONDS = 10.0
+
 
 def is_main_rank() -> bool:
     """Tell whether this process speaks for the run: global rank 0, or a run of one process."""
@@ -39,3 +42,20 @@ def get_logger() -> logging.Logger:
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
     return logger
+
+
+def matrix_progress(matrices: int, about: str) -> tqdm:
+    """Return a progress bar that rank 0 shows when a selection takes long.
+
+    Args:
+        matrices: how many there are.
+        about: what is done.
+    """
+    return tqdm(
+        total=matrices,
+        desc=about,
+        unit="matrix",
+        delay=_PROGRESS_AFTER_SECONDS,
+        leave=False,
+        disable=not is_main_rank(),
+    )

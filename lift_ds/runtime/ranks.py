@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 Value = TypeVar("Value")
 
@@ -69,6 +71,25 @@ def together(action: Callable[[], Value]) -> list[Value]:
     return [value for _, value in everyone]
 
 
+def broadcast(tensor: Tensor, source: int) -> None:
+    """Give every rank what one has, in place; one broadcast.
+
+    Args:
+        tensor: contiguous, where `exchange_device` says, of the same size and dtype on all ranks.
+        source: the rank whose it is.
+    """
+    # As bytes: not every backend broadcasts every dtype.
+    dist.broadcast(tensor.view(torch.uint8), source)
+
+
+def exchange_device() -> torch.device:
+    """Return where tensors are to be that this process sends to others, by the backend of the process group."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None or any(name in dist.get_backend() for name in ("gloo", "mpi")):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
 def by_main(action: Callable[[], Value]) -> Value:
     """Run an action on rank 0 alone and return its result on every rank.
 
@@ -84,7 +105,7 @@ def shard_size(elements: int, ranks: int) -> int:
     return -(-elements // ranks)
 
 
-def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
+def deal_out(costs: Sequence[int], ranks: int, most: int | None = None) -> list[list[int]]:
     """Assign jobs to ranks, longest first, each to the rank with the least to do so far.
 
     The result depends on the arguments alone, so every rank finds the same.
@@ -92,14 +113,17 @@ def deal_out(costs: Sequence[int], ranks: int) -> list[list[int]]:
     Args:
         costs: of the jobs.
         ranks: how many.
+        most: how many jobs a rank may have, ranks * most >= len(costs); None for any number.
 
     Returns:
-        For each rank the numbers of its jobs, longest first. No rank has more than its share plus one job.
+        For each rank the numbers of its jobs, longest first. Without `most` no rank has more than its share plus one
+        job.
     """
     loads = [0] * ranks
     jobs: list[list[int]] = [[] for _ in range(ranks)]
     for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
-        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        open_ranks = (rank for rank in range(ranks) if most is None or len(jobs[rank]) < most)
+        rank = min(open_ranks, key=lambda rank: (loads[rank], rank))
         loads[rank] += costs[job]
         jobs[rank].append(job)
     return jobs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 #: Leading terms of the usual operation counts, s the shorter and l the longer side: symmetric eigendecomposition with
 #: vectors 9 s³, thin singular value decomposition with both factors 6 s² l + 20 s³. Not fitted to any machine.
 _EIGH, _SVD_LONG, _SVD_SHORT = 9, 6, 20
@@ -53,3 +55,11 @@ def selection_cost(rows: int, columns: int, lra_rank: int, solver: str) -> int:
         vectors = _EIGH * short**3 if solver == "gram" else 3 * _PRODUCTS * lra_rank * short**2
         factors = short**2 * long + vectors + 2 * lra_rank * rows * columns
     return factors + 2 * lra_rank * rows * columns + ranking
+
+
+def most_matrices(matrices: int, ranks: int) -> int:
+    """Return how many matrices a rank may select in: one more than in equal shares.
+
+    The ranks work in rounds of a matrix each, so many small ones on one rank would keep the others waiting.
+    """
+    return math.ceil(matrices / ranks) + 1

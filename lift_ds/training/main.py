@@ -166,7 +166,7 @@ def make_trainer(
     extra: dict[str, object] = {}
     callbacks: list[transformers.TrainerCallback] = []
     if settings.method == "lift":
-        lift_ds.attach(model, settings.lift)
+        lift_ds.attach(model, settings.lift, resume=checkpoint is not None)
         # Not `optimizers=`: under DeepSpeed the Trainer drops that one and builds an AdamW of its own.
         extra["optimizer_cls_and_kwargs"] = (lift_ds.LiftAdamW, {"model": model, **adam_settings(args)})
         callbacks.append(lift_ds.LiftCallback(resume_from_checkpoint=checkpoint))

@@ -8,6 +8,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch import nn
 
 from lift_ds.config import LIFT_BLOCK, LiftConfig, read_ds_config
@@ -32,13 +34,15 @@ def initialize(
     model: nn.Module,
     config: str | os.PathLike[str] | Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
+    resume: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """Like `deepspeed.initialize`, for a model that trains its principal weights.
 
     Attaches LIFT by the `"lift"` block where `attach` has not been called (casting the parameters to the dtype of
-    training first, so that the selection is made in what is trained), builds LiftAdamW from the same block where no
-    optimizer is given, fills in what the file leaves as `"auto"`, and binds write-back and refresh to `engine.step()`.
+    training first, so that the selection, which the ranks share, is made in what is trained), builds LiftAdamW from
+    the same block where no optimizer is given, fills in what the file leaves as `"auto"`, and binds write-back and
+    refresh to `engine.step()`.
     `engine.save_checkpoint` commits a checkpoint with a description of the model and of every file;
     `engine.load_checkpoint` checks both before anything is loaded, takes the newest whole checkpoint where no tag is
     named, and loads universal ones too.
@@ -47,6 +51,7 @@ def initialize(
         model: the model, attached or not, whole or partitioned by `deepspeed.zero.Init`.
         config: path of a DeepSpeed JSON file with a `"lift"` block, or its content.
         optimizer: the optimizer over the principal values.
+        resume: select nothing, since `engine.load_checkpoint` comes next and brings the index.
         **kwargs: passed to `deepspeed.initialize` (`training_data`, `lr_scheduler`, `collate_fn`, ...).
 
     Returns:
@@ -60,7 +65,8 @@ def initialize(
     refuse_optimizer_block(ds_config)
     refuse_options(ds_config)
     refuse_pipeline(model)
-    _attach_by(ds_config, model)
+    _meet(kwargs)
+    _attach_by(ds_config, model, resume)
     settings = require_attachment(model).config
     if optimizer is None:
         optimizer = LiftAdamW(
@@ -78,6 +84,16 @@ def initialize(
     save_plain_16bit_models(engine)
     follow_engine(engine)
     return engine, ds_optimizer, loader, schedule
+
+
+def _meet(arguments: Mapping[str, Any]) -> None:
+    """Join the other ranks as `deepspeed.initialize` would, before the first selection is dealt out to them."""
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(),
+            distributed_port=arguments.get("distributed_port", TORCH_DISTRIBUTED_DEFAULT_PORT),
+            dist_init_required=arguments.get("dist_init_required"),
+        )
 
 
 def refuse_optimizer_block(ds_config: Mapping[str, Any]) -> None:
@@ -156,12 +172,12 @@ def _hidden_size(model: nn.Module) -> int:
     return int(size or widest)
 
 
-def _attach_by(ds_config: Mapping[str, Any], model: nn.Module) -> None:
+def _attach_by(ds_config: Mapping[str, Any], model: nn.Module, resume: bool) -> None:
     attachment = attachment_of(model)
     if attachment is None:
         settings = LiftConfig.from_ds_config(ds_config)
         _cast_parameters(model, ds_config)
-        attach(model, settings)
+        attach(model, settings, resume=resume)
     elif LIFT_BLOCK in ds_config and LiftConfig.from_ds_config(ds_config) != attachment.config:
         logger.warning(
             'LIFT was attached with other settings than the "%s" block has; the block is not applied', LIFT_BLOCK

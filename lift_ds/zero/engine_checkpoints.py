@@ -15,6 +15,7 @@ from deepspeed import comm
 from lift_ds import checkpoint
 from lift_ds.checkpoint import subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error, stop_together
+from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import by_main, rank_and_count
@@ -64,6 +65,7 @@ def _saver(save: Any) -> Any:
             raise ValueError(
                 "exclude_frozen_parameters=True would leave out the weights and indices that LIFT trains; leave it out"
             )
+        require_attachment(self.module).require_selected()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         folder = Path(save_dir) / tag
         try:
@@ -99,6 +101,7 @@ def _loader(load: Any) -> Any:
             result = load(load_dir, tag, *args, **kwargs)
         finally:
             self._config.load_universal_checkpoint = before
+        require_attachment(self.module).selected = True
         subspaces.restore(self.module, folder)
         if self.zero_nvme_offload_optimizer():
             restore_states(self.optimizer, folder)

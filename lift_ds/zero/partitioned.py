@@ -44,6 +44,10 @@ class ZeroPartition:
         """One all-gather."""
         return gathered(parameters)
 
+    def collected(self, parameter: Any, owner: int) -> Tensor | None:
+        """One gather to the owner."""
+        return gathered_to(parameter, owner)
+
     def partition_like(self, parameter: Any, others: Sequence[Tensor]) -> None:
         """One broadcast each; afterwards each rank holds 1/N of each."""
         parameter.convert_to_zero_parameters(param_list=list(others))

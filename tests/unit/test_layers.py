@@ -15,6 +15,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import lift_ds
+from lift_ds.index.encoding import IndexLayout, encode
 from lift_ds.model import layers
 from lift_ds.model.layers import LiftConv1D, LiftFalconLinear, LiftLinear, PrincipalLayer
 from lift_ds.model.parameters import PrincipalSet
@@ -280,7 +281,9 @@ def test_gradient_of_blocks_is_that_of_their_entries() -> None:
     entries = torch.zeros(OUT, IN, dtype=torch.bool)
     entries[:, 2:4] = entries[:, 8:] = True  # blocks of (7, 2)
     index = entries.flatten().nonzero().flatten()
-    layer.principal = PrincipalSet(layer.weight.detach().reshape(-1)[index], index, OUT, IN, (OUT, 2))
+    layout = IndexLayout(OUT, IN, index.numel(), (OUT, 2))
+    words = encode(index, OUT, IN, (OUT, 2))
+    layer.principal = PrincipalSet(layer.weight.detach().reshape(-1)[index], words, layout)
     for model in (plain, layer):
         objective(model(inputs(5))).backward()
     assert layer.principal_index.tolist() == index.tolist()
