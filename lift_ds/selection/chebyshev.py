@@ -128,8 +128,9 @@ class _Iteration:
         side = gram.shape[0]
         width = min(side, rank + max(_LEAST_OVERSAMPLING, math.ceil(_OVERSAMPLING * rank)))
         self._kept = width - min(_FRESH_COLUMNS, (width - rank) // 2)
-        # Drawn on the host, so that a seed means the same on every device.
-        random = torch.randn(side, width, generator=torch.Generator().manual_seed(seed)).to(gram)
+        # Drawn on the host in float32, so that a seed means the same on every device and with every default dtype.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        random = torch.randn(side, width, generator=generator, dtype=torch.float32, device="cpu").to(gram)
         self.warm = start is not None and start.shape == (side, self._kept)
         if start is not None and self.warm:
             random[:, : start.shape[1]] = start.to(gram)
