@@ -104,8 +104,7 @@ class CompactIndex:
         """Return int32 [m/p + 1]: how many blocks stand before each row of blocks; no synchronisation."""
         grid_rows, grid_columns = self.layout.grid
         if self.layout.wide:
-            firsts = torch.arange(grid_rows + 1, dtype=torch.int64, device=self.words.device) * grid_columns
-            return torch.searchsorted(self.words, firsts.int(), out_int32=True)
+            return _starts_of_rows(self.words, grid_rows, grid_columns)
         starts = self.words.new_zeros(grid_rows + 1)
         torch.cumsum(self._numbers(0, grid_rows), 0, dtype=torch.int32, out=starts[1:])
         return starts
@@ -140,7 +139,7 @@ def encode(index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] 
         block_shape: (p, q), which divide m and n.
 
     Returns:
-        Words, int32 [word_count(rows, columns, k, block_shape)], on the same device.
+        Words, int32 [word_count(rows, columns, k, block_shape)], on the same device; no synchronisation of it.
     """
     layout = IndexLayout(rows, columns, index.numel(), block_shape)
     blocks = index if block_shape == (1, 1) else _blocks_of(index, layout)
@@ -150,7 +149,7 @@ def encode(index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] 
     row = torch.div(blocks, grid_columns, rounding_mode="floor")  # [blocks]
     halves = blocks.new_zeros(2 * layout.word_count(), dtype=torch.int16)
     # Above 32,767 the conversion wraps around, and reading it back as unsigned undoes that.
-    halves[:grid_rows] = torch.bincount(row, minlength=grid_rows).to(torch.int16)
+    halves[:grid_rows] = _starts_of_rows(blocks, grid_rows, grid_columns).diff().to(torch.int16)
     halves[grid_rows : grid_rows + blocks.numel()] = (blocks - row * grid_columns).to(torch.int16)
     return halves.view(torch.int32)
 
@@ -160,9 +159,16 @@ def _blocks_of(index: Tensor, layout: IndexLayout) -> Tensor:
     p, q = layout.block_shape
     first = index.view(-1, q)[:, 0]  # of each row of each block
     row = torch.div(first, layout.columns, rounding_mode="floor")
-    first, row = first[row % p == 0], row[row % p == 0]
+    top = torch.nonzero_static(row % p == 0, size=layout.blocks).squeeze(1)
+    first, row = first[top], row[top]
     column = first - row * layout.columns
     return torch.div(row, p, rounding_mode="floor") * layout.grid[1] + torch.div(column, q, rounding_mode="floor")
+
+
+def _starts_of_rows(blocks: Tensor, grid_rows: int, grid_columns: int) -> Tensor:
+    """Return int32 [grid_rows + 1]: how many of some blocks, ascending in the grid, stand before each row of it."""
+    firsts = torch.arange(grid_rows + 1, dtype=torch.int64, device=blocks.device) * grid_columns
+    return torch.searchsorted(blocks, firsts.to(blocks.dtype), out_int32=True)
 
 
 def _expand(counts: Tensor, columns: Tensor, layout: IndexLayout) -> Tensor:

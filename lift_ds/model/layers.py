@@ -103,7 +103,7 @@ class PrincipalLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         # Autograd functions run below autocast: cast what is saved once, as autocast would cast it for the product.
-        if torch.is_autocast_enabled(input.device.type):
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # which knows no meta device
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if torch.compiler.is_compiling() and not self.lift_attachment.partitioned:
             values = self._trained(self.principal.values)

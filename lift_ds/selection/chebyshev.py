@@ -128,8 +128,9 @@ class _Iteration:
         side = gram.shape[0]
         width = min(side, rank + max(_LEAST_OVERSAMPLING, math.ceil(_OVERSAMPLING * rank)))
         self._kept = width - min(_FRESH_COLUMNS, (width - rank) // 2)
-        # Drawn on the host, so that a seed means the same on every device.
-        random = torch.randn(side, width, generator=torch.Generator().manual_seed(seed)).to(gram)
+        # Drawn on the host in float32, so that a seed means the same on every device and with every default dtype.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        random = torch.randn(side, width, generator=generator, dtype=torch.float32, device="cpu").to(gram)
         self.warm = start is not None and start.shape == (side, self._kept)
         if start is not None and self.warm:
             random[:, : start.shape[1]] = start.to(gram)
@@ -145,6 +146,7 @@ class _Iteration:
         rotation = rotation.flip(1)
         self._block, self._image, values = self._block @ rotation, image @ rotation, values.flip(0)
         self._ritz = _Ritz(self._block, values, self._image - self._block * values)
+        self._levels = values.tolist()
 
     def basis(self) -> Tensor:
         """Return the r leading vectors found so far, [s, r]."""
@@ -166,8 +168,8 @@ class _Iteration:
             remaining: the present deviation.
             allowed: squared error of W' at which the iteration may stop.
         """
-        done, values = self._done.values.numel(), self._ritz.values
-        if values[0] <= _DEFLATION_SPREAD * self._wanted():
+        done = self._done.values.numel()
+        if self._levels[0] <= _DEFLATION_SPREAD * self._wanted():
             return
         exact = remaining.energies[done:] <= _DEFLATED_ERROR * allowed / self._rank
         count = min(int(exact.long().cumprod(0).sum()), self._rank - 1 - done)  # the leading run
@@ -177,6 +179,7 @@ class _Iteration:
         self._gram.addmm_(gone.vectors * gone.values, gone.vectors.T, alpha=-1)
         self._done = self._done.followed_by(gone)
         self._block, self._image = self._block[:, count:], self._image[:, count:]
+        self._levels = self._levels[count:]
 
     def filter(self, growth: float) -> None:
         """Amplify what is wanted in the block against the rest, and orthonormalise.
@@ -184,12 +187,12 @@ class _Iteration:
         Args:
             growth: of the wanted against the unwanted that would be enough.
         """
-        values = self._ritz.values.tolist()
-        if values[0] <= 0:  # W is zero
+        top, last = self._levels[0], self._levels[-1]
+        if top <= 0:  # W is zero
             return
-        cut = max(values[-1], torch.finfo(self._gram.dtype).eps * values[0])
-        degree = _degree(values[0], self._wanted(), cut, growth)
-        block = self._filtered(degree, cut, values[0])
+        cut = max(last, torch.finfo(self._gram.dtype).eps * top)
+        degree = _degree(top, self._wanted(), cut, growth)
+        block = self._filtered(degree, cut, top)
         if self._done.values.numel():
             for _ in range(2):  # once leaves what rounding makes of it
                 block = _orthonormal(block - self._done.vectors @ (self._done.vectors.T @ block))
@@ -214,7 +217,7 @@ class _Iteration:
 
     def _wanted(self) -> float:
         """Return λ_r."""
-        return float(self._ritz.values[self._rank - 1 - self._done.values.numel()])
+        return self._levels[self._rank - 1 - self._done.values.numel()]
 
     def _all(self) -> _Ritz:
         return self._done.followed_by(self._ritz)
@@ -254,9 +257,15 @@ def _degree(top: float, wanted: float, cut: float, growth: float) -> int:
 def _orthonormal(block: Tensor) -> Tensor:
     """Orthonormalise columns by two Cholesky factorisations, or by QR where they are too dependent."""
     block = block / block.norm(dim=0).clamp_min(torch.finfo(block.dtype).tiny)
-    for _ in range(2):
-        triangle, failed = torch.linalg.cholesky_ex(block.T @ block)
-        if failed.item():
-            return torch.linalg.qr(block).Q
-        block = torch.linalg.solve_triangular(triangle.T, block, upper=True, left=False)
-    return block
+    once, failed = _by_cholesky(block)
+    twice, failed_again = _by_cholesky(once)
+    for tried, dependent in zip((block, once), torch.stack([failed, failed_again]).tolist(), strict=True):
+        if dependent:
+            return torch.linalg.qr(tried).Q
+    return twice
+
+
+def _by_cholesky(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormalise columns about; with whether that failed, as a tensor []."""
+    triangle, failed = torch.linalg.cholesky_ex(block.T @ block)
+    return torch.linalg.solve_triangular(triangle.T, block, upper=True, left=False), failed

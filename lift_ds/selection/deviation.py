@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lift_ds.selection.topk import kth_largest
+
 #: Width of the neighbourhood of the threshold in which entries are counted, as a share of it.
 _NEIGHBOURHOOD = 0.05
 #: Columns of W' that are formed to count them.
@@ -82,7 +84,8 @@ def deviation_per_error(sample: Tensor, basis: Tensor, share: float, entries: in
         entries: s l.
     """
     magnitudes = (basis @ (basis.T @ sample)).abs().flatten()
-    threshold = magnitudes.kthvalue(max(1, round(magnitudes.numel() * (1 - share)))).values
+    smaller = max(1, round(magnitudes.numel() * (1 - share)))
+    threshold = kth_largest(magnitudes, magnitudes.numel() - smaller + 1)
     near = ((magnitudes - threshold).abs() < _NEIGHBOURHOOD * threshold).sum() / magnitudes.numel()
     per_unit = float(near / (2 * _NEIGHBOURHOOD * threshold))  # of all entries; inf or NaN where the threshold is zero
     if not math.isfinite(per_unit):

@@ -29,7 +29,7 @@ def svd(weight: Tensor, rank: int) -> Factors:
         U_r S_r [m, r] and V_rᵀ [r, n].
     """
     u, s, vh = torch.linalg.svd(working_precision(weight), full_matrices=False)
-    return u[:, :rank] * s[:rank], vh[:rank]
+    return u[:, :rank] * s[:rank], vh[:rank].clone()  # a view would keep all of it
 
 
 def gram(weight: Tensor, rank: int) -> Factors:
@@ -54,7 +54,7 @@ def gram(weight: Tensor, rank: int) -> Factors:
     values, vectors = torch.linalg.eigh(outer_gram(weight, scale))  # ascending
     if rounding_error(values.flip(0), rank) > _ROUNDING:
         _, vectors = torch.linalg.eigh(outer_gram(weight, scale, torch.float64))
-    return projected(weight, vectors[:, -rank:].to(values.dtype))
+    return projected(weight, vectors[:, -rank:].to(values.dtype, copy=True))  # a view would keep all of them
 
 
 def projected(weight: Tensor, basis: Tensor) -> Factors:

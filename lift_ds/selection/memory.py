@@ -9,17 +9,20 @@ import dataclasses
 
 from lift_ds.selection.precision import TILE_ENTRIES
 from lift_ds.selection.settings import MatrixSize, SelectionSettings
+from lift_ds.selection.topk import SAMPLE_SCORES
 
 _GIB = 2**30
 
 #: Blocks of 3/2 r vectors that "chebyshev" holds at most beside its Gram matrix, and the columns of W' it samples.
-_BLOCKS, _SAMPLE = 12, 5 * 128
+_BLOCKS, _COLUMNS = 12, 5 * 128
 #: Numbers a symmetric eigensolver holds per entry of its matrix: the matrix, the vectors, twice that as workspace.
 _EIGH = 4
 #: Bytes a candidate of the ranking takes: score, position, both once more where pieces are joined, and a mask.
 _CANDIDATE = 17
-#: Bytes per selected entry while the candidates are cut to k, and while master and moments are carried over.
-_CUT, _CARRY = 56, 72
+#: Numbers an entry takes of a sample of W': itself, its score, and that once more with its position.
+_SAMPLED = 4
+#: Bytes per selected entry where blocks become entries, and while master and moments are carried over.
+_SELECTED, _CARRY = 24, 72
 
 
 def selection_memory(matrix: MatrixSize, settings: SelectionSettings) -> int:
@@ -32,7 +35,9 @@ def selection_memory(matrix: MatrixSize, settings: SelectionSettings) -> int:
     number = max(4, matrix.itemsize)  # float64 stays, all else is computed in float32
     least = settings.block_shape[0] * matrix.columns  # rows of W' that have to be formed together
     tile = min(max(settings.tile_entries, least), matrix.entries)
-    ranking = 3 * number * tile + _CANDIDATE * min(2 * settings.k + tile, matrix.entries) + _CUT * settings.k
+    ranking = 3 * number * tile + _CANDIDATE * min(2 * settings.k + tile, matrix.entries) + _SELECTED * settings.k
+    block = settings.block_shape[0] * settings.block_shape[1]
+    ranking = max(ranking, _SAMPLED * number * min(SAMPLE_SCORES * block, matrix.entries))
     if settings.lra_rank >= min(matrix.rows, matrix.columns):
         return ranking
     factors = 2 * number * settings.lra_rank * (matrix.rows + matrix.columns)
@@ -47,7 +52,7 @@ def _factoring(matrix: MatrixSize, settings: SelectionSettings) -> int:
     gram = _EIGH * short**2 + 2 * min(TILE_ENTRIES, entries)
     if settings.solver == "gram":
         return gram
-    blocks = (_BLOCKS * 3 * settings.lra_rank // 2 + _SAMPLE) * short
+    blocks = (_BLOCKS * 3 * settings.lra_rank // 2 + _COLUMNS) * short
     return max(gram, short**2 + max(2 * min(TILE_ENTRIES, entries), blocks))
 
 

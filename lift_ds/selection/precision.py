@@ -6,7 +6,7 @@ A matrix is worked through in tiles, so that nothing as large as it is ever form
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 TILE_ENTRIES = 2**24
 
 #: Backends that may round the factors of a float32 product to fewer bits (TF32, bf16).
-_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_BACKENDS = ("cuda", "mkldnn")
 
 
 def tiles(length: int, other: int, entries: int = TILE_ENTRIES) -> Iterator[slice]:
@@ -45,18 +45,50 @@ def working_precision(weight: Tensor) -> Tensor:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Within the context products of float32 matrices keep all their digits, whatever the training around allows.
 
+    Afterwards every switch is as it was, by which of torch's interfaces it was set: what followed a switch above it
+    follows it again.
+
     Args:
         device: where the matrices are.
     """
-    before = [backend.fp32_precision for backend in _BACKENDS]
+    before = [_own_setting(backend) for backend in _BACKENDS]
+    _set_products(["ieee"] * len(_BACKENDS))
+    # The old switch too: products on CUDA refuse to run while it says something else than the new one. With the new
+    # ones at "ieee" it can be read, also where they contradicted it before.
+    old_switch = torch.get_float32_matmul_precision()
     try:
-        for backend in _BACKENDS:
-            backend.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(_BACKENDS, before, strict=True):
-            backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(old_switch)  # sets the new ones as well
+        _set_products(before)
+
+
+def _set_products(settings: Sequence[str]) -> None:
+    for backend, setting in zip(_BACKENDS, settings, strict=True):
+        _switch(backend, "matmul").fp32_precision = setting
+
+
+def _own_setting(backend: str) -> str:
+    """Return how products of a backend are computed by their own switch: "none" where they follow those above it.
+
+    A switch that follows another one reads as that one does, so those above are put to "none" for a moment.
+    """
+    above = [_switch("generic", "all"), _switch(backend, "all")]
+    settings = []
+    for switch in above:
+        settings.append(switch.fp32_precision)
+        switch.fp32_precision = "none"
+    own = _switch(backend, "matmul").fp32_precision
+    for switch, setting in zip(above, settings, strict=True):
+        switch.fp32_precision = setting
+    return own
+
+
+def _switch(backend: str, operations: str) -> Any:
+    """Return one of torch's switches of float32 precision; not all of them have a public name that works."""
+    return torch.backends._FP32Precision(backend, operations)
 
 
 def largest_magnitude(weight: Tensor, tile_entries: int = TILE_ENTRIES) -> float:

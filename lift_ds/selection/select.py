@@ -16,11 +16,9 @@ from lift_ds.selection.cost import choose_solver
 from lift_ds.selection.low_rank import Factors, low_rank_factors
 from lift_ds.selection.precision import TILE_ENTRIES, full_precision, largest_magnitude, tiles, working_precision
 from lift_ds.selection.settings import SelectionSettings
-from lift_ds.selection.topk import RunningTopK
+from lift_ds.selection.topk import SAMPLE_SCORES, RunningTopK, kth_largest, on_host
 
-#: Scores that are looked at to bound the threshold from below before all are computed, and how many more than k may lie
-#: above that bound for each that should.
-_SAMPLE = 2**18
+#: How many more scores than k may lie above the bound that a sample gives, for each that should.
 _MARGIN = 1.25
 
 
@@ -199,7 +197,7 @@ class _Scores:
 
 def _largest(scores: _Scores, count: int, tile_entries: int) -> Tensor:
     """Return the numbers of the blocks with the largest scores, int64 [count], ascending."""
-    floor = _floor(scores, count)
+    floor = _floor(scores, count) if on_host(scores.device) else None
     largest = _ranked(scores, count, tile_entries, floor)
     if largest is None:  # the sample was not like the rest
         largest = _ranked(scores, count, tile_entries, None)
@@ -209,11 +207,9 @@ def _largest(scores: _Scores, count: int, tile_entries: int) -> Tensor:
 
 def _floor(scores: _Scores, count: int) -> Tensor | None:
     """Return a bound that is likely, not sure, to lie below the threshold; None where a sample cannot tell."""
-    sample = scores.sample(_SAMPLE).flatten()
+    sample = scores.sample(SAMPLE_SCORES)
     above = math.ceil(_MARGIN * count / (scores.grid[0] * scores.grid[1]) * sample.numel())
-    if above >= sample.numel():
-        return None
-    return sample.kthvalue(sample.numel() - above).values
+    return kth_largest(sample, above + 1) if above < sample.numel() else None
 
 
 def _ranked(scores: _Scores, count: int, tile_entries: int, floor: Tensor | None) -> Tensor | None:

@@ -1,10 +1,11 @@
-"""What several unit tests need: comparison to the bit, a plain training loop, a selection in numpy."""
+"""What several unit tests need: comparison to the bit, a plain training loop, a selection in numpy, both rankings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from cases import loss_of
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lift_ds.model.attachment import require_attachment
 from lift_ds.model.layers import PrincipalLayer
 from lift_ds.optimizer import LiftAdamW
+from lift_ds.selection import select, topk
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -57,6 +59,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: 
 def applied_steps(optimizer: LiftAdamW) -> int:
     assert optimizer.driver is not None
     return optimizer.driver.applied_steps
+
+
+def rank_as(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let selections rank as on the "host", or as on a "device", wherever they are."""
+    for module in (topk, select):
+        monkeypatch.setattr(module, "on_host", lambda device: form == "host")
 
 
 def numpy_low_rank(weight: Tensor, rank: int) -> np.ndarray[Any, Any]:

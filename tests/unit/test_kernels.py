@@ -32,6 +32,13 @@ def _triton_entries(index: CompactIndex) -> Access:
     return TritonAccess(index)
 
 
+def _device_entries(index: CompactIndex) -> Access:
+    """By torch's operators as on a device, wherever it is."""
+    entries = TorchAccess(index)
+    entries._on_host = False
+    return entries
+
+
 def _host_entries(index: CompactIndex) -> Access:
     from lift_ds.index.kernels.host_access import HostAccess
 
@@ -45,6 +52,7 @@ without_host = pytest.mark.skipif(
 #: How to make the entries, and the device of the tensors.
 KINDS = [
     pytest.param(TorchAccess, DEVICE, id="torch"),
+    pytest.param(_device_entries, DEVICE, id="torch, as on a device"),
     pytest.param(_triton_entries, DEVICE, id="triton", marks=without_triton),
     pytest.param(_host_entries, "cpu", id="host", marks=without_host),
 ]

@@ -1,5 +1,6 @@
 """Pins down that a refresh stays within its bound on memory: the estimates are not below what the allocator counts, nor
-far above it; tiles do not change a selection; a bound that cannot be kept is refused with what would be enough.
+far above it, however a host and a device rank; tiles do not change a selection; a bound that cannot be kept is refused
+with what would be enough.
 
 The estimates are upper bounds of temporaries whose lifetimes depend on the version of torch: up to three times as much.
 """
@@ -12,6 +13,7 @@ from functools import partial
 import cases
 import pytest
 import torch
+from helpers import rank_as
 
 import lift_ds
 from benchmarks.measure.counting import allocated_peak
@@ -22,15 +24,23 @@ from lift_ds.selection.memory import carry_memory, selection_memory, within
 from lift_ds.selection.precision import tiles
 from lift_ds.selection.topk import RunningTopK, top_k_positions
 
+FORMS = ["host", "device"]
 SHAPES = [(256, 1024), (1024, 256), (512, 512)]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("solver", ["chebyshev", "gram", "svd"])
 @pytest.mark.parametrize(("dtype", "tile_entries"), [(torch.float32, 2**24), (torch.bfloat16, 2**14)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_selecting_takes_no_more_than_estimated(
-    shape: tuple[int, int], dtype: torch.dtype, tile_entries: int, solver: str
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    tile_entries: int,
+    solver: str,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    rank_as(form, monkeypatch)
     rows, columns = shape
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     for k in (rows * columns // 20, rows * columns // 3):
@@ -53,8 +63,10 @@ def test_carrying_over_takes_no_more_than_estimated() -> None:
     assert carry_memory(k) / 3 < allocated_peak(lambda: carry_over(old, state, new, current)) + held <= carry_memory(k)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("solver", ["gram", "svd", "chebyshev"])
-def test_tiles_do_not_change_a_selection(solver: str) -> None:
+def test_tiles_do_not_change_a_selection(solver: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank_as(form, monkeypatch)
     weight = torch.randn(96, 130, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     whole = lift_ds.principal_indices(weight, k=700, lra_rank=9, solver=solver)
     for tile_entries in (1, 131, 1000, 5000):
@@ -73,9 +85,11 @@ def test_a_product_in_tiles_is_the_whole_product(shape: tuple[int, int], monkeyp
     torch.testing.assert_close(left @ right, whole[0] @ whole[1], rtol=1e-10, atol=1e-10)  # another order of sums
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("k", [1, 7, 50, 119, 120])
-def test_the_largest_of_pieces_are_the_largest_of_all(k: int) -> None:
+def test_the_largest_of_pieces_are_the_largest_of_all(k: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With many ties, of which the first are taken."""
+    rank_as(form, monkeypatch)
     generator = torch.Generator().manual_seed(k)
     for _ in range(20):
         scores = torch.randint(0, 6, (120,), generator=generator).float()

@@ -36,7 +36,7 @@ class TorchAccess:
     @torch.no_grad()
     def gather(self, piece: Tensor, start: int, out: Tensor) -> None:
         """See `lift_ds.index.access.Access.gather`; no synchronisation of a device."""
-        if not self._on_host and piece.numel() < self._size:
+        if self._is_part_on_device(piece):
             self._gather_where_inside(piece, start, out)
             return
         for own, offset, positions in self._parts(start, piece.numel()):
@@ -48,14 +48,24 @@ class TorchAccess:
 
     @torch.no_grad()
     def put(self, piece: Tensor, start: int, values: Tensor) -> None:
-        """See `lift_ds.index.access.Access.put`; synchronises a device other than the CPU for a part of W."""
+        """See `lift_ds.index.access.Access.put`; no synchronisation of a device."""
+        if self._is_part_on_device(piece):
+            self._put_where_inside(piece, start, values)
+            return
         for own, offset, positions in self._parts(start, piece.numel()):
             # The fastest on a CPU, though it needs int64: index_put_ takes half as long again, scatter_ into bf16 20
             # times as long; put_ refuses deterministic mode.
             piece[offset:].index_copy_(0, positions.long(), values[own].to(piece.dtype))
 
+    def _is_part_on_device(self, piece: Tensor) -> bool:
+        """Tell whether the host would have to ask a device which entries are inside a piece."""
+        return not self._on_host and piece.numel() < self._size
+
     def _parts(self, start: int, length: int) -> Iterator[tuple[slice, int, Tensor]]:
-        """Yield the entries in a range of flat positions, by parts: which, and int32 positions from an offset in it."""
+        """Yield the entries in a range of flat positions, by parts: which, and int32 positions from an offset in it.
+
+        On a device the range is all of W.
+        """
         if self._on_host and (length < self._size or self._index.layout.entries > _CHUNK):
             yield from self._parts_on_host(start, length)
             return
@@ -80,7 +90,7 @@ class TorchAccess:
             first = stop
 
     def _cut(self, own: slice, positions: Tensor, origin: int, start: int, length: int) -> tuple[slice, int, Tensor]:
-        """Keep of some entries those in a range of flat positions; one synchronisation, unless that is all of W.
+        """Keep of some entries those in a range of flat positions; a part of W on the host alone.
 
         Args:
             own: the entries.
@@ -98,7 +108,21 @@ class TorchAccess:
 
     def _gather_where_inside(self, piece: Tensor, start: int, out: Tensor) -> None:
         """Gather without knowing on the host which entries are inside: all k are read, and those taken."""
-        local = self._index.positions() - start
-        inside = (local >= 0) & (local < piece.numel())
+        if not piece.numel():
+            return
+        local, inside = self._places(piece, start)
         picked = piece.index_select(0, local.clamp_(0, piece.numel() - 1)).to(out.dtype)
         torch.where(inside, picked, out, out=out)
+
+    def _put_where_inside(self, piece: Tensor, start: int, values: Tensor) -> None:
+        """Put without knowing on the host which entries are inside: all k are written, the others behind a copy."""
+        local, inside = self._places(piece, start)
+        longer = torch.cat([piece, piece.new_zeros(1)])
+        target = torch.where(inside, local, piece.numel())
+        longer.index_copy_(0, target.long(), values.to(piece.dtype))
+        piece.copy_(longer[:-1])
+
+    def _places(self, piece: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Return where all entries would stand in a piece, int32 [k], and whether they do."""
+        local = self._index.positions() - start
+        return local, (local >= 0) & (local < piece.numel())

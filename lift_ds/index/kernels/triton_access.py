@@ -121,7 +121,7 @@ class TritonAccess:
         self._copy(piece, start, values, gather=False)
 
     def launch(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> Launch:
-        """Return how the kernel is called for a piece: what a launch and a compilation ahead of time have in common.
+        """Return how the kernel is called for a piece; nothing is read from the device.
 
         Args:
             piece: as in `gather`.
