@@ -6,6 +6,7 @@ torch's fake process group stands for the other 63 ranks: what is looked at is w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import deepspeed
@@ -16,6 +17,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lift_ds import LiftConfig
+from lift_ds.model.first_selection import deal_first
 from lift_ds.model.layers import principal_layers
 from lift_ds.planner.configuration import read_content, settings_of
 from lift_ds.planner.estimate import Choice, setting_for
@@ -121,3 +123,10 @@ def test_budgets(stage: int, facts: ModelFacts) -> None:
     assert lift[MASTER] + lift[MOMENTS] <= 0.6 / RANKS
     assert sum(lift.values()) - sum(lora.values()) <= 0.15 / RANKS
     assert sent("lift") <= (0.75 if stage == 3 else 1 / 12) * sent("full")
+
+
+def test_the_first_selection_is_dealt_out_evenly(model: nn.Module) -> None:
+    weights = {name: layer.weight for name, layer in principal_layers(model)}
+    jobs = deal_first(weights, CONFIG, RANKS)
+    assert sorted(name for names in jobs for name in names) == sorted(weights)
+    assert max(map(len, jobs)) <= math.ceil(560 / RANKS) + 1 == 10

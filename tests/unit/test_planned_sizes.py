@@ -129,7 +129,7 @@ def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero,
         "lift": config.to_dict(),
     }  # fmt: skip
-    engine = lift_ds.initialize(model=model, config=ds_config)[0]
+    engine = lift_ds.initialize(model=model, config=ds_config, resume=True)[0]  # sizes are all that is asked for
     facts = facts_of("small", settings, build_on_meta(settings, config))
     setting = setting_for(facts, config, Choice("lift", stage), ranks, device_type="cpu")
     return Planned(engine, config, facts, dataclasses.replace(setting, live=0))
