@@ -9,7 +9,6 @@ Afterwards every rank has what it would have by selecting in all matrices itself
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,8 @@ from lift_ds.config import LiftConfig
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
 from lift_ds.model.partition import is_partitioned, logical_shape, partition_of
 from lift_ds.runtime import watchdog
-from lift_ds.runtime.logs import get_logger, matrix_progress
-from lift_ds.runtime.ranks import broadcast, deal_out, exchange_device, rank_and_count, together
+from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.ranks import broadcast, deal_out, exchange_device, in_rounds, rank_and_count, together
 from lift_ds.selection import MatrixSize, Selected, SelectionSettings, selection_cost
 from lift_ds.selection.cost import most_matrices
 from lift_ds.selection.memory import bounded
@@ -85,7 +84,17 @@ def select_first(weights: Mapping[str, Any], config: LiftConfig) -> tuple[dict[s
     watchdog.start(config.stall_timeout)
     jobs = deal_first(weights, config, ranks)
     with watchdog.during("the first selection"):
-        own, failure = _select_own(jobs, weights, config)
+        own: dict[str, _Own] = {}
+
+        def select(name: str, whole: Tensor) -> None:
+            own[name] = _select_one(name, whole, weights[name], config)
+
+        failure = in_rounds(
+            jobs,
+            lambda name, owner: partition_of(weights[name]).collected(weights[name], owner),
+            select,
+            about="LIFT selection",
+        )
         shapes, fell_back = _agree(own, failure)
         owners = {name: owner for owner, names in enumerate(jobs) for name in names}
         found = {
@@ -124,36 +133,6 @@ class _Own:
     words: Tensor
     current: Tensor | None
     found: Selected
-
-
-def _select_own(
-    jobs: Sequence[Sequence[str]], weights: Mapping[str, Any], config: LiftConfig
-) -> tuple[dict[str, _Own], str]:
-    """Select in the matrices of this rank; return what it found, and what has failed."""
-    own: dict[str, _Own] = {}
-    failure = ""
-    with matrix_progress(len(weights), "LIFT selection") as progress:
-        for round_ in itertools.zip_longest(*jobs):
-            mine = _collect(round_, weights)
-            if mine is not None and not failure:
-                try:
-                    own[mine[0]] = _select_one(*mine, weights[mine[0]], config)
-                except ValueError as error:  # the other ranks are to stop too, not to wait
-                    failure = str(error)
-            del mine  # before the next weight comes
-            progress.update(sum(name is not None for name in round_))
-    return own, failure
-
-
-def _collect(round_: Sequence[str | None], weights: Mapping[str, Any]) -> tuple[str, Tensor] | None:
-    """Let each rank have its weight of a round; return this one's, with its name."""
-    mine: tuple[str, Tensor] | None = None
-    for owner, name in enumerate(round_):
-        if name is not None:
-            weight = partition_of(weights[name]).collected(weights[name], owner)
-            if weight is not None:
-                mine = name, weight
-    return mine
 
 
 def _select_one(name: str, whole: Tensor, weight: Any, config: LiftConfig) -> _Own:

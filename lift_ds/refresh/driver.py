@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -25,7 +24,8 @@ from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
 from lift_ds.refresh.store import NewIndex, PrincipalStore
 from lift_ds.runtime import watchdog
-from lift_ds.runtime.logs import get_logger, matrix_progress
+from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.ranks import in_rounds
 from lift_ds.selection import MatrixSize, Selected
 from lift_ds.selection.select import select_in
 
@@ -154,31 +154,18 @@ class Driver:
     def _select(self, jobs: Jobs) -> tuple[dict[str, NewIndex], list[_Work]]:
         """Select in the matrices this rank owns; return the selections by name, and the work of each rank."""
         start = time.perf_counter()
-        selections: dict[str, NewIndex] = {}
-        failure, fell_back, estimate = "", 0, 0.0
-        with matrix_progress(sum(map(len, jobs)), "LIFT refresh") as progress:
-            for round_ in itertools.zip_longest(*jobs):
-                mine = self._collect(round_)
-                if mine is not None and not failure:
-                    try:
-                        selections[mine[0]], found = self._select_one(*mine)
-                        fell_back, estimate = fell_back + found.fell_back, max(estimate, found.estimate)
-                    except ValueError as error:  # the other ranks are to stop too, not to wait
-                        failure = str(error)
-                del mine  # before the next weight comes
-                progress.update(sum(name is not None for name in round_))
+        layers, selections, ways = self.attachment.layers, {}, []
+
+        def select(name: str, weight: Tensor) -> None:
+            selections[name], found = self._select_one(name, weight)
+            ways.append((found.fell_back, found.estimate))
+
+        failure = in_rounds(
+            jobs, lambda name, owner: self.store.collect(layers[name], owner), select, about="LIFT refresh"
+        )
+        fell_back, estimate = sum(fell_back for fell_back, _ in ways), max((share for _, share in ways), default=0.0)
         work = _Work(time.perf_counter() - start, fell_back, estimate)
         return selections, [_Work(*numbers) for numbers in self.store.agree(failure, work)]
-
-    def _collect(self, round_: Sequence[str | None]) -> tuple[str, Tensor] | None:
-        """Let each owner of a round have its weight; return this rank's, with its name."""
-        mine: tuple[str, Tensor] | None = None
-        for owner, name in enumerate(round_):
-            if name is not None:
-                weight = self.store.collect(self.attachment.layers[name], owner)
-                if weight is not None and owner == self.store.rank:
-                    mine = name, weight
-        return mine
 
     def _select_one(self, name: str, weight: Tensor) -> tuple[NewIndex, Selected]:
         """Select in one matrix; return what to hand out, and how it was found."""

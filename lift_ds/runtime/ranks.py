@@ -7,6 +7,7 @@ Objects travel pickled, so this is for a few kilobytes at a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lift_ds.runtime.logs import matrix_progress
 
 Value = TypeVar("Value")
 
@@ -127,3 +130,39 @@ def deal_out(costs: Sequence[int], ranks: int, most: int | None = None) -> list[
         loads[rank] += costs[job]
         jobs[rank].append(job)
     return jobs
+
+
+def in_rounds(
+    jobs: Sequence[Sequence[str]],
+    collect: Callable[[str, int], Value | None],
+    work: Callable[[str, Value], None],
+    about: str,
+) -> str:
+    """Let every rank do its jobs, one in each round; all ranks call, with the same jobs.
+
+    Args:
+        jobs: for each rank the names of its jobs.
+        collect: gives a rank what it needs for a job (name, rank), and the others None; all ranks call it alike.
+        work: does a job of this rank (name, what was collected); may raise ValueError.
+        about: what a progress bar says, where it takes long.
+
+    Returns:
+        What has failed on this rank, "" if nothing has. After a failure it goes on with `collect` alone, so that the
+        others need not wait for it.
+    """
+    failure = ""
+    with matrix_progress(sum(map(len, jobs)), about) as progress:
+        for round_ in itertools.zip_longest(*jobs):
+            mine: tuple[str, Value] | None = None
+            for rank, name in enumerate(round_):
+                collected = None if name is None else collect(name, rank)
+                if collected is not None:
+                    mine = name, collected
+            if mine is not None and not failure:
+                try:
+                    work(*mine)
+                except ValueError as error:
+                    failure = str(error)
+            mine = collected = None  # before the next comes
+            progress.update(sum(name is not None for name in round_))
+    return failure
