@@ -23,11 +23,11 @@ import importlib
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from benchmarks.gpu_parts import machine
 from benchmarks.gpu_parts.book import Book, books, open_book
-from benchmarks.gpu_parts.cells import FAILED
+from benchmarks.gpu_parts.cells import FAILED, Part
 from benchmarks.measure.records import RESULTS, Record, print_budgets
 
 PARTS = ("check", "refresh", "step")
@@ -57,9 +57,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def part_of(name: str) -> Any:
-    """Return the module of a part, a `cells.Part`."""
-    return importlib.import_module(f"benchmarks.gpu_parts.{name}")
+def part_of(name: str) -> Part:
+    """Return the module of a part."""
+    return cast(Part, importlib.import_module(f"benchmarks.gpu_parts.{name}"))
 
 
 def run_part(name: str, device: str, around: Record, args: argparse.Namespace) -> Book:

@@ -261,13 +261,19 @@ def report(cells: dict[str, Record], *, measured: bool) -> str:
 def _training_row(name: str, method: str, run: Record) -> str:
     case, planned, refresh = run["case"], run["planned"], run["refresh"]
     phases = " + ".join(f"{1e3 * part:.1f}" for part in run["phases"])
-    peak = f"{run['peak_bytes'] / 1e9:.2f}" if run["peak_bytes"] else "-"
-    again = f"; refresh {refresh['seconds']:.2f} s" if refresh else ""
+    again = ""
+    if refresh:
+        peaks = f"{_gigabytes(refresh['peak_bytes'])}, planned {_gigabytes(planned['refresh_peak_bytes'])}"
+        again = f"; refresh {refresh['seconds']:.2f} s, peak with it {peaks}"
     return (
         f"{name:22} {method:5} ZeRO-{case['stage']}, {case['batch']} x {case['sequence']} tokens: "
-        f"{1e3 * run['seconds_of_step']:8.1f} ms ({phases}); peak {peak} GB, "
-        f"planned {planned['peak_bytes'] / 1e9:.2f}{again}"
+        f"{1e3 * run['seconds_of_step']:8.1f} ms ({phases}); peak {_gigabytes(run['peak_bytes'])} GB, "
+        f"planned {_gigabytes(planned['peak_bytes'])}{again}"
     )
+
+
+def _gigabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e9:.2f}"
 
 
 def budgets(cells: dict[str, Record]) -> list[Record]:
