@@ -83,7 +83,7 @@ def _step(figure: Figure, cells: dict[str, Record]) -> None:
     _bars(third, cases, _METHODS, lambda case, method: gigabytes(case, method, "peak_bytes"))
     planned: _Values = lambda case, method: gigabytes(case, method, "planned", "peak_bytes")  # noqa: E731
     _bars(third, cases, _METHODS, planned, outline=True)
-    third.set(title="Peak of a step (outline: the planner's)", ylabel="GB")
+    third.set(title="Peak of a step (outline: the planner's)", ylabel="GB", yscale="log" if runs else "linear")
 
 
 def _bars(axes: Any, groups: list[str], series: tuple[str, ...], value: _Values, *, outline: bool = False) -> None:
