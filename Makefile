@@ -4,6 +4,7 @@
 # make footprint   memory and network of full fine-tuning, LoRA and LIFT, counted; a refresh on several ranks
 # make docs   the documentation as a site, in site/; strictly and without the network
 # make speed   how fast principal weights are selected, and how fast a step is; tables, JSON and plots
+# make gpu   checks and measurements on a GPU, in three parts of minutes; without one small, on the host
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ BUILD_DOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup train test test-slow test-cluster footprint speed lint docs clean
+.PHONY: setup train test test-slow test-cluster footprint speed gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -68,6 +69,9 @@ footprint: $(STAMP)
 speed: $(STAMP)
 	$(BIN)/python -m benchmarks.refresh
 	$(BIN)/python -m benchmarks.step
+
+gpu: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info lift_ds/index/kernels/_host*.so lift_output

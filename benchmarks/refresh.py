@@ -156,7 +156,7 @@ def run_matrices(args: argparse.Namespace) -> list[Record]:
 
 def table(records: list[Record], *, head: bool) -> str:
     """Return a row per matrix and method."""
-    slowest = {(r["matrix"], *r["shape"]): r["seconds"] for r in records if r["method"] == "baseline"}
+    slowest = {(r["matrix"], *r["shape"]): r["seconds"] for r in records if r["method"] in ("baseline", "svd")}
     rows = [
         f"{'matrix':24} {'shape':>11} {'churn':>5}  {'method':15} {'seconds':>8} {'faster':>6} {'MB':>7} "
         f"{'off':>8} {'estimated':>9} {'rounds':>6} {'products':>8}  ran"

@@ -4,7 +4,6 @@ weights, DeepSpeed's configuration, the engine of each method, and one step of i
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.measure.clock import Clock
 from benchmarks.measure.records import Record
 
 
@@ -26,8 +26,26 @@ def lora_rank(density: float, hidden: int, intermediate: int) -> int:
     return max(1, round(density * sum(m * n for m, n in shapes) / sum(m + n for m, n in shapes)))
 
 
-def llama_config(hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int) -> Any:
-    """Return the transformers configuration of a Llama of these sizes."""
+def llama_config(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    vocabulary: int,
+    sequence: int,
+    key_value_heads: int | None = None,
+    attention: str = "sdpa",
+) -> Any:
+    """Return the transformers configuration of a Llama of these sizes.
+
+    Args:
+        hidden: h.
+        intermediate: i.
+        layers: L.
+        vocabulary: V.
+        sequence: tokens of the longest sequence.
+        key_value_heads: heads of keys and values; None for one each of the queries'.
+        attention: which of transformers' implementations.
+    """
     # Not at the top: DeepSpeed, which transformers imports, first wants to be told of the device.
     from transformers import LlamaConfig
 
@@ -38,23 +56,30 @@ def llama_config(hidden: int, intermediate: int, layers: int, vocabulary: int, s
         intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_value_heads or heads,
         max_position_embeddings=sequence,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         tie_word_embeddings=False,
         use_cache=False,
     )
 
 
 def build_llama(
-    hidden: int, intermediate: int, layers: int, vocabulary: int, sequence: int, device: str = "cpu"
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    vocabulary: int,
+    sequence: int,
+    device: str = "cpu",
+    key_value_heads: int | None = None,
 ) -> nn.Module:
-    """Build a Llama in bf16, the same on every rank."""
+    """Build a Llama in bf16, the same on every rank; the sizes are those of `llama_config`."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(1)
+    config = llama_config(hidden, intermediate, layers, vocabulary, sequence, key_value_heads)
     with torch.device(device):
-        return LlamaForCausalLM(llama_config(hidden, intermediate, layers, vocabulary, sequence)).to(torch.bfloat16)
+        return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
 def ds_config(
@@ -150,9 +175,9 @@ def step(engine: Any, tokens: Tensor, entering: Callable[[str], object] = lambda
 
 def timed_step(engine: Any, tokens: Tensor) -> tuple[list[float], float]:
     """Do one optimizer step; return the seconds of its forward, backward and step, and the loss."""
-    marks: list[float] = []
-    loss = step(engine, tokens, lambda phase: marks.append(now(tokens.device)))
-    return [stop - start for start, stop in itertools.pairwise(marks)], loss.item()
+    clock = Clock(tokens.device)
+    loss = step(engine, tokens, lambda phase: clock.mark())
+    return clock.seconds(), loss.item()
 
 
 def now(device: torch.device) -> float:

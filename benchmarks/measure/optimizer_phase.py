@@ -13,13 +13,13 @@ that was formed just before and is still in the cache, which this does not credi
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure.clock import Clock
 from benchmarks.measure.records import Record
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
@@ -137,11 +137,6 @@ class Matrices:
             found += 3 * _CACHE_LINE * lines + 7 * 4 * values.numel() + 2 * 4 * index.words.numel()
         return found
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
 
 def _random_index(shape: tuple[int, int], density: float, device: str) -> CompactIndex:
     rows, columns = shape
@@ -170,7 +165,8 @@ def measure(
         rounds: how often each method runs.
 
     Returns:
-        Milliseconds of each method, each round; medians; and the median over the rounds of what LIFT took against each.
+        Milliseconds of each method, each round; medians; the median over the rounds of what LIFT took against each; and
+        the bytes that LIFT has to move, with the milliseconds in which the memory moves as many.
     """
     matrices = Matrices(shapes, density, dtype, device)
     times: dict[str, list[float]] = {method: [] for method in METHODS}
@@ -198,30 +194,27 @@ def measure(
         "all": times,
         "lift_parts": [statistics.median(part) for part in zip(*parts, strict=True)],
         "lift_against": against,
+        "bytes": matrices.bytes_touched(),
         "limit": 1e3 * matrices.bytes_touched() / _bandwidth(matrices),
     }
 
 
 def _time_parts(matrices: Matrices, method: str) -> list[float]:
     """Return the milliseconds of gather, Adam and write-back."""
-    spent = []
+    clock = Clock(matrices.device)
+    clock.mark()
     for part in matrices.parts(method):
-        matrices.synchronize()
-        start = time.perf_counter()
         part()
-        matrices.synchronize()
-        spent.append(1e3 * (time.perf_counter() - start))
-    return spent
+        clock.mark()
+    return [1e3 * seconds for seconds in clock.seconds()]
 
 
 def _bandwidth(matrices: Matrices) -> float:
     """Return bytes a second of memory, read and written in place; the best of some passes over the largest gradient."""
     tensor = max(matrices.gradients, key=Tensor.numel).float()
-    best = float("inf")
+    clock = Clock(matrices.device)
+    clock.mark()
     for _ in range(7):
-        matrices.synchronize()
-        start = time.perf_counter()
         tensor.mul_(1.0)
-        matrices.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * tensor.nbytes / best
+        clock.mark()
+    return 2 * tensor.nbytes / min(clock.seconds())

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,16 @@ def surroundings(packages: Iterable[str] = ("deepspeed", "transformers", "peft")
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,  # says which build it is
-            **{package: version(package) for package in packages},
+            **{package: _version(package) for package in packages},
         },
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:
