@@ -124,16 +124,19 @@ class Driver:
         start = time.perf_counter()
         owners = {name: rank for rank, names in enumerate(jobs) for name in names}
         selections, work = self._select(jobs)
-        layers = {name: layer for name, layer in self.attachment.layers.items() if name in owners}
+        names = {layer: name for name, layer in self.attachment.layers.items() if name in owners}
         replaced = 0
-        for name, layer in layers.items():
-            selection = self.store.hand_out(layer, owners[name], selections.pop(name, None))
-            replaced += self.store.carry(layer, selection)
+        for turn in self.store.turns(list(names)):
+            of_turn = [(layer, names[layer]) for layer in turn]
+            new = [
+                (layer, self.store.hand_out(layer, owners[name], selections.pop(name, None))) for layer, name in of_turn
+            ]
+            replaced += self.store.carry(new)
         self._report(
             RefreshReport(
                 step,
-                len(layers),
-                sum(layer.entries() for layer in layers.values()),
+                len(names),
+                sum(layer.entries() for layer in names),
                 self.store.total(replaced),
                 time.perf_counter() - start,
                 tuple(one.seconds for one in work),

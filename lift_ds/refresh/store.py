@@ -67,10 +67,19 @@ class PrincipalStore(Protocol):
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         """Make the index of a layer whole on every rank within the context."""
 
-    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
-        """Store a new index that was handed out; the state of what stays moves to where it is held from now on.
+    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+        """Return the layers in the order in which they are carried over, alike on all ranks; those of a turn together.
+
+        Each rank holds the new indices of a turn at once, so there are few in it.
+        """
+
+    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        """Store new indices that were handed out; the state of what stays moves to where it is held from now on.
 
         θ takes the values at the new index, on every rank that has it. All ranks call.
+
+        Args:
+            new: the layers of a turn, and their new indices.
 
         Returns:
             How many of the entries that this rank holds are new.
@@ -135,8 +144,14 @@ class DenseStore:
         """Return the tensor that the optimizer updates for this layer."""
         return layer.principal_values
 
+    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+        return [[layer] for layer in layers]
+
+    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        return sum(self._carry(layer, selection) for layer, selection in new)
+
     @torch.no_grad()
-    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
+    def _carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
         new_index = layer.principal.index.decode(selection.words)
         current = layer.weight.detach().view(-1)[new_index.long()]  # [k]
         state, replaced = carry_over(layer.principal_index, self._state(layer), new_index, current)

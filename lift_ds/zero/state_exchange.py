@@ -9,75 +9,126 @@ dropped out there. No rank ever has the state of a whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import comm
 from torch import Tensor
 
-from lift_ds.refresh.carry import PrincipalState, Range, found_in, holders, outside, state_of
+from lift_ds.index.encoding import CompactIndex
+from lift_ds.refresh.carry import Found, PrincipalState, Range, found_in, holders, outside, state_of
+
+
+@dataclass(frozen=True)
+class Held:
+    """The states of one matrix, of which this rank holds a range.
+
+    Args:
+        old: the index they belong to, whole.
+        state: gives the state of this rank's range of it, on any device; a copy may be made where it lives on a disk.
+        new: the index they are to belong to, whole.
+        current: the weights at this rank's range of the new index.
+        ranges: of each rank, in both indices.
+    """
+
+    old: CompactIndex
+    state: Callable[[], PrincipalState]
+    new: CompactIndex
+    current: Tensor
+    ranges: Sequence[Range]
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What happens to the states that a rank holds of one matrix.
+
+    Args:
+        coming: the entries of its new range that stay, by where they have been held.
+        stayed: float32 [3, s], those of them that this rank has held itself.
+        rows: float32 [t, 3], what leaves it, in the order of the ranks.
+        leaving: for each rank how many rows go there.
+    """
+
+    coming: Found
+    stayed: Tensor
+    rows: Tensor
+    leaving: list[int]
 
 
 @torch.no_grad()
-def carry_between(
-    old_index: Tensor, state: PrincipalState, new_index: Tensor, current: Tensor, ranges: Sequence[Range], group: Any
-) -> tuple[PrincipalState, int]:
-    """Carry the states of one matrix over from one selection to the next, of which each rank holds a range.
+def carry_between(matrices: Sequence[Held], group: Any) -> list[tuple[PrincipalState, int]]:
+    """Carry the states of some matrices over from one selection to the next.
 
-    All ranks of the group call. One all-to-all of 12 bytes for each entry that changes its rank; none where one rank
-    holds everything.
+    All ranks of the group call. One all-to-all of 12 bytes for each entry that changes its rank; none where each matrix
+    is held by one rank.
 
     Args:
-        old_index: int [k], ascending, whole.
-        state: of this rank's range of it, on any device.
-        new_index: int [k], ascending, whole.
-        current: the weights at this rank's range of the new index.
-        ranges: of each rank, in both indices.
+        matrices: the same ones on all ranks.
         group: of these ranks.
 
     Returns:
-        The state of this rank's range of the new index, on the device of the indices, and how many of its entries are
-        new.
+        For each matrix the state of this rank's range of the new index, on the device of the index, and how many of its
+        entries are new.
     """
     rank = comm.get_rank(group=group)
-    start, stop = ranges[rank]
+    moves = [_move(one, rank) for one in matrices]
+    arrived = [move.stayed[:, :0] for move in moves]
+    if any(holders(one.ranges) > 1 for one in matrices):
+        arrived = _exchanged(moves, rank, group)
+    found = []
+    for one, move, others in zip(matrices, moves, arrived, strict=True):
+        first = sum(move.coming.holders[:rank])
+        stayed = torch.cat([others[:, :first], move.stayed, others[:, first:]], dim=1)
+        replaced = one.current.numel() - move.coming.places.numel()
+        found.append((state_of(one.current, stayed, move.coming.places), replaced))
+    return found
+
+
+def _move(one: Held, rank: int) -> _Move:
+    """Find what stays with this rank, what comes to it and what leaves it."""
+    start, stop = one.ranges[rank]
+    if start == stop:
+        nothing = one.current.new_empty(3, 0, dtype=torch.float32)
+        none = [0] * len(one.ranges)
+        places = torch.empty(0, dtype=torch.int64, device=one.current.device)
+        return _Move(Found(places, places, none), nothing, nothing.T, none)
+    old_index, new_index = one.old.positions(), one.new.positions()
     old_part, new_part = old_index[start:stop], new_index[start:stop]
-    coming = found_in(old_index, new_part, ranges)
+    coming = found_in(old_index, new_part, one.ranges)
     first = sum(coming.holders[:rank])
     own = coming.others[first : first + coming.holders[rank]] - start
-    stayed = _taken(state, own, old_index.device)
-    if holders(ranges) > 1:
-        candidates = outside(old_part, new_part)
-        leaving = found_in(new_index, old_part.index_select(0, candidates), ranges)
-        rows = _taken(state, candidates.index_select(0, leaving.places), old_index.device).T.contiguous()
-        counts = [0 if other == rank else count for other, count in enumerate(coming.holders)]
-        arrived = _exchanged(rows, leaving.holders, counts, group).T
-        stayed = torch.cat([arrived[:, :first], stayed, arrived[:, first:]], dim=1)
-    return state_of(current, stayed, coming.places), stop - start - coming.places.numel()
+    state = one.state()
+    stayed = _taken(state, own)
+    if holders(one.ranges) == 1:
+        return _Move(coming, stayed, stayed[:, :0].T, [0] * len(one.ranges))
+    candidates = outside(old_part, new_part)
+    leaving = found_in(new_index, old_part.index_select(0, candidates), one.ranges)
+    rows = _taken(state, candidates.index_select(0, leaving.places)).T
+    return _Move(coming, stayed, rows, leaving.holders)
 
 
-def _taken(state: PrincipalState, places: Tensor, device: torch.device) -> Tensor:
-    """Return some entries of a state, [3, s], on a device."""
-    return torch.stack([tensor.index_select(0, places.to(tensor.device)) for tensor in state]).to(device)
+def _taken(state: PrincipalState, places: Tensor) -> Tensor:
+    """Return some entries of a state, [3, s], on the device of `places`."""
+    taken = torch.stack([tensor.index_select(0, places.to(tensor.device)) for tensor in state])
+    return taken.to(places.device)
 
 
-def _exchanged(rows: Tensor, leaving: list[int], coming: list[int], group: Any) -> Tensor:
-    """Return the rows that come to this rank, in the order of the ranks they come from; one all-to-all.
-
-    Args:
-        rows: [s, 3], in the order of the ranks they go to.
-        leaving: for each rank how many go there.
-        coming: for each rank how many come from there.
-        group: of these ranks.
-    """
-    width = rows.shape[1]
-    arrived = rows.new_empty(sum(coming), width)
+def _exchanged(moves: Sequence[_Move], rank: int, group: Any) -> list[Tensor]:
+    """Return for each matrix what comes from other ranks, [3, s], in their order; one all-to-all for all matrices."""
+    ranks = range(len(moves[0].leaving))
+    leaving = [move.rows.split(move.leaving) for move in moves]
+    coming = [[0 if other == rank else move.coming.holders[other] for other in ranks] for move in moves]
+    rows = torch.cat([of_matrix[other] for other in ranks for of_matrix in leaving])
+    arrived = rows.new_empty(sum(map(sum, coming)), 3)
     comm.all_to_all_single(
         arrived.view(-1),
         rows.view(-1),
-        output_split_sizes=[width * count for count in coming],
-        input_split_sizes=[width * count for count in leaving],
+        output_split_sizes=[3 * sum(of_matrix[other] for of_matrix in coming) for other in ranks],
+        input_split_sizes=[3 * sum(move.leaving[other] for move in moves) for other in ranks],
         group=group,
     )
-    return arrived
+    # By rank, and of each rank by matrix.
+    parts = arrived.split([of_matrix[other] for other in ranks for of_matrix in coming])
+    return [torch.cat(parts[number :: len(moves)]).T for number in range(len(moves))]

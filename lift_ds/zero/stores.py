@@ -10,8 +10,9 @@ DeepSpeedZeroOptimizer_Stage3    1/N      1/N      1/N                   1/N
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, found_in, holders
+from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, found_in
 from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
 from lift_ds.zero.partitioned import (
     assign,
@@ -41,7 +42,10 @@ from lift_ds.zero.partitioned import (
     weights_in_shard,
 )
 from lift_ds.zero.sharded_index import ShardedIndex
-from lift_ds.zero.state_exchange import carry_between
+from lift_ds.zero.state_exchange import Held, carry_between
+
+#: Layers that are carried over together at most: each rank holds their new indices.
+_TURN = 4
 
 
 class MasterCopyStore(DenseStore):
@@ -96,6 +100,11 @@ class _RankedStore:
         anywhere = torch.tensor(flags, dtype=torch.int32, device=get_accelerator().current_device_name())
         comm.all_reduce(anywhere, op=comm.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in anywhere.tolist()]
+
+    def _batches(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+        """Cut layers into turns in which a rank holds no more, of the states, than of one matrix alone."""
+        size = _TURN if self.ranks > 1 else 1
+        return [list(layers[start : start + size]) for start in range(0, len(layers), size)]
 
     def total(self, count: int) -> int:
         """One all-reduce."""
@@ -164,32 +173,52 @@ class PartitionedStateStore(_RankedStore):
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return nullcontext() if self._index is None else self._index.whole(layer.principal.index)
 
+    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+        """In a turn are layers whose states lie with different ranks, which then work at the same time.
+
+        One all-gather at the first call.
+        """
+        of_ranks: list[list[PrincipalLayer]] = [[] for _ in range(self.ranks)]
+        for layer in layers:
+            first_holder = next(rank for rank, (start, stop) in enumerate(self._ranges[layer]) if start < stop)
+            of_ranks[first_holder].append(layer)
+        turns = ([layer for layer in turn if layer is not None] for turn in zip_longest(*of_ranks))
+        return [batch for turn in turns for batch in self._batches(turn)]
+
     @torch.no_grad()
-    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
-        index = layer.principal.index
-        new = CompactIndex(selection.words, index.layout)
-        with self.whole_index(layer):
-            replaced = self._carry_fragments(layer, index.compact(), new)
-            self._renew_values(layer, index.compact(), new)
-        if self._index is None:
-            index.words.copy_(selection.words)
-        else:
-            self._index.store(index, selection.words)
+    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        with ExitStack() as stack:
+            for layer, _ in new:
+                stack.enter_context(self.whole_index(layer))
+            replaced = self._carry_fragments(new)
+            for layer, selection in new:
+                index = layer.principal.index
+                self._renew_values(layer, index.compact(), CompactIndex(selection.words, index.layout))
+        for layer, selection in new:
+            if self._index is None:
+                layer.principal.index.words.copy_(selection.words)
+            else:
+                self._index.store(layer.principal.index, selection.words)
         return replaced
 
-    def _carry_fragments(self, layer: PrincipalLayer, old: CompactIndex, new: CompactIndex) -> int:
-        """Carry over the fragment of master and moments that this rank holds; return how many entries are new."""
-        ranges = self._ranges[layer]
+    def _carry_fragments(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        """Carry over the fragments of master and moments that this rank holds; return how many entries are new."""
+        held = [self._held(layer, selection) for layer, selection in new]
+        carried = carry_between(held, self._group)
+        for one, (state, _) in zip(held, carried, strict=True):
+            for mine, tensor in zip(one.state(), state, strict=True):
+                mine.copy_(tensor)
+        return sum(replaced for _, replaced in carried)
+
+    def _held(self, layer: PrincipalLayer, selection: NewIndex) -> Held:
+        """Return what this rank holds of a layer; the weights have been written back."""
+        index, ranges = layer.principal.index, self._ranges[layer]
         start, stop = ranges[self.rank]
-        if start == stop and holders(ranges) == 1:
-            return 0
-        old_index, new_index = old.positions(), new.positions()
-        current = layer.weight.detach().view(-1)[new_index[start:stop].long()]
-        held = self._own_state(layer.principal_values)
-        state, replaced = carry_between(old_index, held, new_index, current, ranges, self._group)
-        for mine, carried in zip(held, state, strict=True):
-            mine.copy_(carried)
-        return replaced
+        new = CompactIndex(selection.words, index.layout)
+        current = layer.weight.detach().view(-1)[:0]
+        if start < stop:
+            current = layer.weight.detach().view(-1)[new.positions()[start:stop].long()]
+        return Held(index.compact(), partial(self._own_state, layer.principal_values), new, current, ranges)
 
     def _renew_values(self, layer: PrincipalLayer, old: CompactIndex, new: CompactIndex) -> None:
         """Let θ, whole on this rank, take the values at a new index; the weights have been written back."""
@@ -271,29 +300,36 @@ class PartitionedParameterStore(_RankedStore):
         return NewIndex(layer.principal.index.encode(index), weight.view(-1)[index.long()])
 
     def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
-        current = None if selection is None else selection.current
-        return NewIndex(
-            self._words_from_owner(layer, owner, selection),
-            self._from_owner(owner, current, layer.entries(), layer.weight.dtype),
-        )
+        """One broadcast, of index and weights behind each other."""
+        parcel = None
+        if selection is not None:
+            assert selection.current is not None, "the owner hands out the weights too"
+            parcel = torch.cat([selection.words.view(torch.uint8), selection.current.view(torch.uint8)])
+        size = 4 * layer.principal.index.word_count()  # bytes of the index
+        whole = size + layer.entries() * layer.weight.element_size()
+        parcel = self._from_owner(owner, parcel, whole, torch.uint8)
+        # A copy of the second part, which need not begin where numbers of its size may.
+        return NewIndex(parcel[:size].view(torch.int32), parcel[size:].clone().view(layer.weight.dtype))
 
     def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
         return gathered([layer.principal.index.words])
 
+    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+        """The old indices of a turn are gathered in one collective."""
+        return self._batches(layers)
+
     @torch.no_grad()
-    def carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
-        assert selection.current is not None, "the owner hands out the weights too"
-        values, index = layer.principal_values, layer.principal.index
-        ranges = shard_ranges(values)
-        start, stop = ranges[self.rank]
-        new_index, current = index.decode(selection.words), selection.current[start:stop]
-        with self.whole_index(layer):
-            old_index = layer.principal_index
-        state, replaced = carry_between(old_index, _own_state(values), new_index, current, ranges, self._group)
-        _store_state(values, state)
-        assign(values, selection.current)
-        assign(index.words, selection.words)
-        return replaced
+    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        with gathered([layer.principal.index.words for layer, _ in new]):
+            old = [layer.principal.index.compact() for layer, _ in new]
+        held = [_held(layer, index, selection) for (layer, selection), index in zip(new, old, strict=True)]
+        carried = carry_between(held, self._group)
+        for (layer, selection), (state, _) in zip(new, carried, strict=True):
+            assert selection.current is not None, "the owner hands out the weights too"
+            _store_state(layer.principal_values, state)
+            assign(layer.principal_values, selection.current)
+            assign(layer.principal.index.words, selection.words)
+        return sum(replaced for _, replaced in carried)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in _whole_in_batches(layers):
@@ -330,6 +366,15 @@ def _own_range(values: Any) -> Range:
         return 0, 0
     address = values._hp_mapping.lp_fragment_address
     return address.start, address.start + address.numel
+
+
+def _held(layer: PrincipalLayer, old: CompactIndex, selection: NewIndex) -> Held:
+    """Return what this rank of stage 3 holds of a layer."""
+    assert selection.current is not None, "the owner hands out the weights too"
+    values, ranges = layer.principal_values, shard_ranges(layer.principal_values)
+    start, stop = shard_range(values)
+    new = CompactIndex(selection.words, old.layout)
+    return Held(old, partial(_own_state, values), new, selection.current[start:stop], ranges)
 
 
 def _own_state(values: Any) -> PrincipalState:
