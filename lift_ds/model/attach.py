@@ -100,7 +100,7 @@ def _attach(model: nn.Module, config: LiftConfig, *, select: bool, dry: bool) ->
         parameter.requires_grad_(name in targets.dense)
     everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
     layers = {name: _manage(module, found.pop(name)) for name, module in targets.layers.items()}
-    attachment = Attachment(config, layers, required_grad, subspaces=subspaces, selected=select)
+    attachment = Attachment(config, layers, required_grad, subspaces=subspaces, selected=select or dry)
     record(model, attachment)
     _log_attachment(attachment, everything, len(targets.dense), fell_back)
     _log_targets(targets, left_out)

@@ -33,3 +33,5 @@ def test_counts_agree_with_formulas(more: str, tmp_path: Path) -> None:
         assert abs(record["unseen_by_walk"]) < 0.001  # two ways of finding live tensors agree
         assert record["network_total"] > 0
         assert record["peak_formula"] > record["persistent_total"] > 0
+        # What a refresh moves beside the new index (ZeRO-3: the old one), stated for a density of 5%.
+        assert 0 < record["refresh_carried"] <= 0.15 * record["density"] / 0.05

@@ -147,6 +147,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_cell_stops_the_others(faults: list[dict[str, Any]]) -> None:
     cells = faults[0]["cells"]
     states = {name: entry["state"] for name, entry in cells.items()}
@@ -159,11 +160,13 @@ def test_no_cell_stops_the_others(faults: list[dict[str, Any]]) -> None:
     assert cells["skips"]["reason"] == "not on this machine"
 
 
+@pytest.mark.slow
 def test_after_a_crash_the_rest_have_a_fresh_process(faults: list[dict[str, Any]]) -> None:
     cells = faults[0]["cells"]
     assert cells["first"]["process"] != cells["last"]["process"]
 
 
+@pytest.mark.slow
 def test_what_runs_when_the_time_is_up_has_not_failed(faults: list[dict[str, Any]]) -> None:
     late = faults[2]
     assert late["cells"] == {}
@@ -171,6 +174,7 @@ def test_what_runs_when_the_time_is_up_has_not_failed(faults: list[dict[str, Any
     assert late["under_way"] is None
 
 
+@pytest.mark.slow
 def test_what_failed_is_tried_again_and_nothing_else(faults: list[dict[str, Any]]) -> None:
     assert faults[0]["begun"] == ["first", "fails", "crashes", "hangs", "last"]
     assert faults[1]["begun"] == ["fails", "crashes", "hangs"]
