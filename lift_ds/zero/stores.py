@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, found_in
+from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range
 from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
 from lift_ds.zero.partitioned import (
     assign,
@@ -191,10 +191,10 @@ class PartitionedStateStore(_RankedStore):
             for layer, _ in new:
                 stack.enter_context(self.whole_index(layer))
             replaced = self._carry_fragments(new)
-            for layer, selection in new:
-                index = layer.principal.index
-                self._renew_values(layer, index.compact(), CompactIndex(selection.words, index.layout))
         for layer, selection in new:
+            # On every rank from its own W, which has been written back.
+            new_index = CompactIndex(selection.words, layer.principal.index.layout)
+            layer.principal_values.copy_(weights_at(layer.weight, new_index))
             if self._index is None:
                 layer.principal.index.words.copy_(selection.words)
             else:
@@ -220,16 +220,6 @@ class PartitionedStateStore(_RankedStore):
             current = layer.weight.detach().view(-1)[new.positions()[start:stop].long()]
         return Held(index.compact(), partial(self._own_state, layer.principal_values), new, current, ranges)
 
-    def _renew_values(self, layer: PrincipalLayer, old: CompactIndex, new: CompactIndex) -> None:
-        """Let θ, whole on this rank, take the values at a new index; the weights have been written back."""
-        values = layer.principal_values
-        renewed = weights_at(layer.weight, new).to(values.dtype)
-        if values.dtype != layer.weight.dtype:  # the weights are what θ was rounded to
-            old_index, new_index = old.positions(), new.positions()
-            stays = found_in(old_index, new_index, [(0, old_index.numel())])
-            renewed[stays.places] = values.detach()[stays.others]
-        values.copy_(renewed)
-
     @cached_property
     def _ranges(self) -> dict[PrincipalLayer, list[Range]]:
         """Of the k entries of each layer the range whose state each rank holds; one all-gather."""
@@ -249,7 +239,7 @@ class PartitionedStateStore(_RankedStore):
         (flat,) = self._optimizer.param_groups[held.param_group_index]["params"]
         address = held.get_hp_fragment_address()
         moments = [self._optimizer.state[flat][key].narrow(0, address.start, address.numel) for key in MOMENTS]
-        return PrincipalState(held.get_hp_fragment(), *moments)
+        return PrincipalState(_own_fragment(values), *moments)
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:
@@ -268,7 +258,7 @@ class PartitionedStateStore(_RankedStore):
             if write_first:
                 put_values(layer.weight, index, layer.principal_values)
             start, stop = _own_range(layer.principal_values)
-            master = self._own_state(layer.principal_values).master
+            master = _own_fragment(layer.principal_values)
             return differences(weights_at(layer.weight, index)[start:stop], master), stop - start
 
     def release(self) -> None:
@@ -366,6 +356,11 @@ def _own_range(values: Any) -> Range:
         return 0, 0
     address = values._hp_mapping.lp_fragment_address
     return address.start, address.start + address.numel
+
+
+def _own_fragment(values: Any) -> Tensor:
+    """Return the master values that this rank of stage 1 or 2 holds."""
+    return values.new_empty(0) if values._hp_mapping is None else values._hp_mapping.get_hp_fragment()
 
 
 def _held(layer: PrincipalLayer, old: CompactIndex, selection: NewIndex) -> Held:
