@@ -38,7 +38,7 @@ class Principal:
     """What a layer begins its training with.
 
     Args:
-        values: θ [k]; empty where a checkpoint has it.
+        values: θ [k]; zeros where a checkpoint is to bring it, and then the words are zeros too.
         words: I as it is stored, int32.
         layout: what the words mean.
         subspace: what "chebyshev" starts from at the next refresh; None from other solvers.
