@@ -53,7 +53,7 @@ def in_step(engine: Any, fault: Fault) -> None:
 
 
 def in_refresh(engine: Any, fault: Fault) -> None:
-    """In handing out the fourth index."""
+    """In handing out the fourth index; in ZeRO-2 those of both ranks' states take turns."""
     store = engine.optimizer.driver.store
     hand_out, calls = store.hand_out, itertools.count()
     store.hand_out = lambda *args: (fault() if next(calls) == 3 else None, hand_out(*args))[1]
