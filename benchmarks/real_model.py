@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
             model.save_pretrained(options.output)
             tokenizer.save_pretrained(options.output)
     perplexity = check(options.output)
-    print(f"SmolLM2-135M-Instruct, its weights rounded to 4 bits once, in {options.output}: perplexity {perplexity:.1f}")
+    print(
+        f"SmolLM2-135M-Instruct, its weights rounded to 4 bits once, in {options.output}: perplexity {perplexity:.1f}"
+    )
 
 
 def download(folder: Path) -> Path:

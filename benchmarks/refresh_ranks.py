@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +26,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import lift_ds
-from benchmarks.measure.counting import Ledger
+from benchmarks.measure.counting import Ledger, allocated_peak
 from benchmarks.measure.models import ds_config
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
+from lift_ds.model.layers import PrincipalLayer
+from lift_ds.refresh.store import NewIndex
 from lift_ds.selection import selection_cost
+from lift_ds.selection.memory import carry_memory
 
 #: Wall time on two ranks against one; weight bytes a rank receives against an N-th of the model.
 TIME_BUDGET, BYTES_BUDGET = 0.55, 1.2
@@ -38,7 +41,7 @@ TIME_BUDGET, BYTES_BUDGET = 0.55, 1.2
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `refreshes` are timed after a first one, and one more is counted."""
+    """One run: `refreshes` are timed after a first one, and two more are counted: what is sent, and what is held."""
 
     stage: int
     ranks: int
@@ -74,6 +77,7 @@ def run(case: Case) -> Record:
     cpu_seconds = [_step(engine, case) for _ in range(1 + case.refreshes)]
     with Ledger(case.ranks) as ledger, ledger.window() as window:
         _step(engine, case)
+    carry_bytes = _carry_bytes(engine, case)
     driver = engine.optimizer.driver
     costs = {
         name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.settings[name].solver)
@@ -81,14 +85,15 @@ def run(case: Case) -> Record:
     }
     own = driver.plan.jobs_of(dist.get_rank())
     return {
-        "seconds": [report.seconds for report in driver.reports[1:-1]],
-        "selection_seconds": [report.selection_seconds[dist.get_rank()] for report in driver.reports[1:-1]],
+        "seconds": [report.seconds for report in driver.reports[1:-2]],
+        "selection_seconds": [report.selection_seconds[dist.get_rank()] for report in driver.reports[1:-2]],
         "cpu_seconds": cpu_seconds[1:],
         "churn": driver.reports[-1].churn,
         "matrices": len(own),
         "work": sum(costs[name] for name in own) / sum(costs.values()),
         "one_matrix": max(costs.values()) / sum(costs.values()),
         "weight_bytes_received": window.received["gather"],
+        "carry_bytes": carry_bytes,
         "model_bytes": 2 * case.matrices * case.rows * case.columns,
     }
 
@@ -103,6 +108,24 @@ def _step(engine: Any, case: Case) -> float:
     start = time.process_time()
     engine.step()
     return time.process_time() - start
+
+
+def _carry_bytes(engine: Any, case: Case) -> float:
+    """Return the most bytes an entry that this rank holds while the states of a turn are carried over in a refresh."""
+    store, found = engine.optimizer.driver.store, []
+    carry = store.carry
+
+    def measured(new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+        replaced: list[int] = []
+        peak = allocated_peak(lambda: replaced.append(carry(new)))
+        waiting = sum(one.words.nbytes + (0 if one.current is None else one.current.nbytes) for _, one in new)
+        found.append((peak + waiting) / new[0][0].entries())
+        return replaced[0]
+
+    store.carry = measured
+    _step(engine, case)
+    del store.carry
+    return max(found)
 
 
 def summarise(case: Case, runs: list[list[Record]]) -> Record:
@@ -124,6 +147,7 @@ def summarise(case: Case, runs: list[list[Record]]) -> Record:
         "work_of_rank": [rank[0]["work"] for rank in per_rank],
         "one_matrix": per_rank[0][0]["one_matrix"],
         "weights_received": [rank[0]["weight_bytes_received"] / rank[0]["model_bytes"] for rank in per_rank],
+        "carry_bytes": max(rank[0]["carry_bytes"] for rank in per_rank),
         "churn": runs[0][0]["churn"],
     }
 
@@ -133,7 +157,7 @@ def _medians(per_rank: list[list[Record]], key: str) -> list[float]:
 
 
 def budgets(records: list[Record], cores: int) -> list[Record]:
-    """Judge time on two ranks, the most loaded rank's work, and in ZeRO-3 the weights a rank receives."""
+    """Judge time on two ranks, the most loaded rank's work, memory, and in ZeRO-3 the weights a rank receives."""
     alone = {record["stage"]: record for record in records if record["ranks"] == 1}
     found: list[Record] = []
 
@@ -143,6 +167,7 @@ def budgets(records: list[Record], cores: int) -> list[Record]:
 
     for record in records:
         n, single = record["ranks"], alone.get(record["stage"])
+        judge("bytes an entry to carry states", record, record["carry_bytes"], carry_memory(1))
         if n == 1:
             continue
         if single and n == 2 and cores >= 2:

@@ -78,8 +78,7 @@ def check_form(device: str, form: Form, dtypes: list[tuple[torch.dtype, torch.dt
     compared = 0
     for piece_dtype, values_dtype in dtypes:
         for start, stop in pieces(form):
-            _compare_gather(index, positions, form, (piece_dtype, values_dtype), (start, stop))
-            _compare_put(index, positions, form, (piece_dtype, values_dtype), (start, stop))
+            _compare(index, positions, form, (piece_dtype, values_dtype), (start, stop))
             compared += 2
     return {"kernel": kernel, "entries": positions.numel(), "compared": compared}
 
@@ -135,37 +134,26 @@ def pieces(form: Form) -> list[tuple[int, int]]:
     return [(0, size), (0, tile), (size - tile, size), *anywhere, (middle, middle)]
 
 
-def _compare_gather(
+def _compare(
     index: CompactIndex,
     positions: Tensor,
     form: Form,
     dtypes: tuple[torch.dtype, torch.dtype],
     piece: tuple[int, int],
 ) -> None:
-    (start, stop), device = piece, positions.device
-    matrix = _numbers(form.rows * form.columns, dtypes[0], device)
-    out = _numbers(positions.numel(), dtypes[1], device)
+    """Gather from a piece of a matrix and put into it; compare with torch's own indexing."""
+    (start, stop), device, (piece_dtype, values_dtype) = piece, positions.device, dtypes
+    matrix = _numbers(form.rows * form.columns, piece_dtype, device)
+    values = _numbers(positions.numel(), values_dtype, device)
     inside = (positions >= start) & (positions < stop)
-    expected = torch.where(inside, matrix[positions].to(dtypes[1]), out)
-    access_to(index).gather(matrix[start:stop], start, out)
-    require_same(out, expected, f"gather from [{start}, {stop}) of {dtypes[0]} into {dtypes[1]}")
-
-
-def _compare_put(
-    index: CompactIndex,
-    positions: Tensor,
-    form: Form,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    piece: tuple[int, int],
-) -> None:
-    (start, stop), device = piece, positions.device
-    matrix = _numbers(form.rows * form.columns, dtypes[0], device)
-    values = _numbers(positions.numel(), dtypes[1], device)
-    inside = (positions >= start) & (positions < stop)
+    gathered = values.clone()
+    access_to(index).gather(matrix[start:stop], start, gathered)
+    expected = torch.where(inside, matrix[positions].to(values_dtype), values)
+    require_same(gathered, expected, f"gather from [{start}, {stop}) of {piece_dtype} into {values_dtype}")
     expected = matrix.clone()
-    expected[positions[inside]] = values[inside].to(dtypes[0])
+    expected[positions[inside]] = values[inside].to(piece_dtype)
     access_to(index).put(matrix[start:stop], start, values)
-    require_same(matrix, expected, f"put of {dtypes[1]} into [{start}, {stop}) of {dtypes[0]}")
+    require_same(matrix, expected, f"put of {values_dtype} into [{start}, {stop}) of {piece_dtype}")
 
 
 def _numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

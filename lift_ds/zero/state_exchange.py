@@ -9,7 +9,8 @@ dropped out there. No rank ever has the state of a whole matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,32 +59,32 @@ class _Move:
 
 
 @torch.no_grad()
-def carry_between(matrices: Sequence[Held], group: Any) -> list[tuple[PrincipalState, int]]:
+def carry_between(matrices: Sequence[Held], group: Any) -> Iterator[tuple[PrincipalState, int]]:
     """Carry the states of some matrices over from one selection to the next.
 
-    All ranks of the group call. One all-to-all of 12 bytes for each entry that changes its rank; none where each matrix
-    is held by one rank.
+    All ranks of the group call, and iterate to the end. One all-to-all of 12 bytes for each entry that changes its
+    rank; none where each matrix is held by one rank.
 
     Args:
         matrices: the same ones on all ranks.
         group: of these ranks.
 
-    Returns:
+    Yields:
         For each matrix the state of this rank's range of the new index, on the device of the index, and how many of its
-        entries are new.
+        entries are new. One at a time, so that a rank never holds the new states of two.
     """
     rank = comm.get_rank(group=group)
-    moves = [_move(one, rank) for one in matrices]
-    arrived = [move.stayed[:, :0] for move in moves]
+    moves = deque(_move(one, rank) for one in matrices)
+    arrived: Iterable[Tensor | None] = [None] * len(moves)
     if any(holders(one.ranges) > 1 for one in matrices):
         arrived = _exchanged(moves, rank, group)
-    found = []
-    for one, move, others in zip(matrices, moves, arrived, strict=True):
-        first = sum(move.coming.holders[:rank])
-        stayed = torch.cat([others[:, :first], move.stayed, others[:, first:]], dim=1)
-        replaced = one.current.numel() - move.coming.places.numel()
-        found.append((state_of(one.current, stayed, move.coming.places), replaced))
-    return found
+    for one, others in zip(matrices, arrived, strict=True):
+        move = moves.popleft()
+        stayed, replaced = move.stayed, one.current.numel() - move.coming.places.numel()
+        if others is not None and others.numel():
+            first = sum(move.coming.holders[:rank])
+            stayed = torch.cat([others[:, :first], stayed, others[:, first:]], dim=1)
+        yield state_of(one.current, stayed, move.coming.places), replaced
 
 
 def _move(one: Held, rank: int) -> _Move:
@@ -110,14 +111,17 @@ def _move(one: Held, rank: int) -> _Move:
 
 
 def _taken(state: PrincipalState, places: Tensor) -> Tensor:
-    """Return some entries of a state, [3, s], on the device of `places`."""
-    taken = torch.stack([tensor.index_select(0, places.to(tensor.device)) for tensor in state])
-    return taken.to(places.device)
+    """Return some entries of a state, float32 [3, s], on the device of `places`."""
+    taken = torch.empty(len(state), places.numel(), device=places.device)
+    there = places.to(state.master.device)
+    for row, tensor in zip(taken, state, strict=True):
+        row.copy_(tensor.index_select(0, there))
+    return taken
 
 
-def _exchanged(moves: Sequence[_Move], rank: int, group: Any) -> list[Tensor]:
+def _exchanged(moves: Collection[_Move], rank: int, group: Any) -> list[Tensor]:
     """Return for each matrix what comes from other ranks, [3, s], in their order; one all-to-all for all matrices."""
-    ranks = range(len(moves[0].leaving))
+    ranks = range(comm.get_world_size(group=group))
     leaving = [move.rows.split(move.leaving) for move in moves]
     coming = [[0 if other == rank else move.coming.holders[other] for other in ranks] for move in moves]
     rows = torch.cat([of_matrix[other] for other in ranks for of_matrix in leaving])

@@ -103,7 +103,7 @@ class _RankedStore:
 
     def _batches(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
         """Cut layers into turns in which a rank holds no more, of the states, than of one matrix alone."""
-        size = _TURN if self.ranks > 1 else 1
+        size = min(self.ranks, _TURN)
         return [list(layers[start : start + size]) for start in range(0, len(layers), size)]
 
     def total(self, count: int) -> int:
@@ -112,7 +112,7 @@ class _RankedStore:
         comm.all_reduce(everyone, group=self._group)
         return int(everyone)
 
-    def _total(self, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    def _totals(self, counts: Sequence[tuple[Tensor, int]]) -> Tensor:
         """Add up the counts of all ranks, int64 [len(counts), 2]; one all-reduce."""
         device = get_accelerator().current_device_name()
         total = torch.tensor([[int(differing), found] for differing, found in counts], device=device)
@@ -204,11 +204,12 @@ class PartitionedStateStore(_RankedStore):
     def _carry_fragments(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
         """Carry over the fragments of master and moments that this rank holds; return how many entries are new."""
         held = [self._held(layer, selection) for layer, selection in new]
-        carried = carry_between(held, self._group)
-        for one, (state, _) in zip(held, carried, strict=True):
+        replaced = 0
+        for one, (state, count) in zip(held, carry_between(held, self._group), strict=True):
             for mine, tensor in zip(one.state(), state, strict=True):
                 mine.copy_(tensor)
-        return sum(replaced for _, replaced in carried)
+            replaced += count
+        return replaced
 
     def _held(self, layer: PrincipalLayer, selection: NewIndex) -> Held:
         """Return what this rank holds of a layer; the weights have been written back."""
@@ -249,7 +250,7 @@ class PartitionedStateStore(_RankedStore):
     def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
         if self._index is not None:
             self._index.require_same_order()
-        return self._total([self._compared(layer, write_first) for layer in layers])
+        return self._totals([self._compared(layer, write_first) for layer in layers])
 
     def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
         """Count in the part of the master values that this rank holds."""
@@ -313,20 +314,21 @@ class PartitionedParameterStore(_RankedStore):
         with gathered([layer.principal.index.words for layer, _ in new]):
             old = [layer.principal.index.compact() for layer, _ in new]
         held = [_held(layer, index, selection) for (layer, selection), index in zip(new, old, strict=True)]
-        carried = carry_between(held, self._group)
-        for (layer, selection), (state, _) in zip(new, carried, strict=True):
+        replaced = 0
+        for (layer, selection), (state, count) in zip(new, carry_between(held, self._group), strict=True):
             assert selection.current is not None, "the owner hands out the weights too"
             _store_state(layer.principal_values, state)
             assign(layer.principal_values, selection.current)
             assign(layer.principal.index.words, selection.words)
-        return sum(replaced for _, replaced in carried)
+            replaced += count
+        return replaced
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in _whole_in_batches(layers):
             put_values_in_shard(layer.weight, layer.principal.index.compact(), layer.principal_values.detach())
 
     def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
-        return self._total([self._compared(layer, write_first) for layer in _whole_in_batches(layers)])
+        return self._totals([self._compared(layer, write_first) for layer in _whole_in_batches(layers)])
 
     def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
         """Count where this rank's shard of W is not θ, and where θ is not this rank's part of the master values."""
