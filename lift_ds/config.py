@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 
 #: Solvers of the low-rank step; "auto" takes the faster of the last two for each matrix.
 SOLVERS = ("auto", "svd", "gram", "chebyshev")
+
+#: By which score entries are selected: see lift_ds/selection/criteria.py, which adds those that are registered there.
+CRITERIA = ["principal", "magnitude", "smallest", "random"]
 
 #: Share of a selection in which the solver "chebyshev" may differ from the exact ones.
 SELECTION_TOLERANCE = 0.005
@@ -60,7 +63,7 @@ def _or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _choice(*choices: str) -> Check:
+def _choice(choices: Collection[str]) -> Check:
     def check(name: str, value: Any) -> str:
         if value not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{did_you_mean(value, choices)}")
@@ -139,6 +142,14 @@ class LiftConfig:
         _or_none(_is(lambda value: 0 < value <= 1, "a share in (0, 1]; 0.05 trains 5% of each matrix")),
         "Share of each matrix to train, in (0, 1]",
     )
+    criterion: str = _setting(
+        "principal",
+        _choice(CRITERIA),
+        f"Which entries are trained: {', '.join(CRITERIA)}",
+        '`"principal"`: the largest of the low-rank approximation, which is LIFT. `"magnitude"`: the largest of the '
+        'matrix itself. `"smallest"`: the smallest of the approximation. `"random"`: drawn by the seed, the same ones '
+        "at every refresh. You can add one: see [Criteria](#criteria-which-entries).",
+    )
     lra_rank: int = _setting(
         128,
         _whole(1),
@@ -155,7 +166,7 @@ class LiftConfig:
     )
     solver: str = _setting(
         "auto",
-        _choice(*SOLVERS),
+        _choice(SOLVERS),
         f"How the low-rank approximation is computed: {', '.join(SOLVERS)}",
         '`"svd"` is the definition. `"gram"` solves a smaller eigenproblem and is exact for the selection. '
         '`"chebyshev"` iterates until its selection is right up to `selection_tolerance`; where it does not get there, '
@@ -174,7 +185,9 @@ class LiftConfig:
         "With `[4, 4]`, blocks of 4 x 4 entries are ranked by the sum of their magnitudes, and the index is 16 times "
         "smaller. The shape has to divide every managed matrix.",
     )
-    seed: int = _setting(0, _whole(0), "Seed of the random vectors that chebyshev starts from", flag=False)
+    seed: int = _setting(
+        0, _whole(0), "Seed of the vectors that chebyshev starts from, and of the criterion random", flag=False
+    )
     target_modules: str | tuple[str, ...] | None = _setting(
         None,
         _or_none(_preset_or_names),
@@ -196,7 +209,7 @@ class LiftConfig:
     )
     index_placement: str = _setting(
         "sharded",
-        _choice(*INDEX_PLACEMENTS),
+        _choice(INDEX_PLACEMENTS),
         f"Where the index lives in ZeRO 1 and 2: {' or '.join(INDEX_PLACEMENTS)}",
         '`"sharded"`: each of N ranks holds 1/N of every index, and backward gathers it a layer ahead. '
         '`"replicated"`: every rank holds all of it, at 2 bytes an entry, and nothing is sent.',

@@ -9,12 +9,69 @@ Nothing here is fast or shared with the rest of the package; everything else is 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lift_ds.config import LiftConfig
+
+
+def criterion_scores(
+    weight: Tensor, criterion: str, lra_rank: int, seed: int = 0, name: str = "", gradient: Tensor | None = None
+) -> Tensor:
+    """The scores of all entries by a criterion; the largest are selected.
+
+    Args:
+        weight: [m, n].
+        criterion: principal, magnitude, smallest, random or gradient.
+        lra_rank: r.
+        seed: of the criterion random.
+        name: dotted name of the layer, by which that one tells matrices apart.
+        gradient: [m, n], mean |dL/dW|, for the criterion gradient.
+
+    Returns:
+        [m, n].
+    """
+    w = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    if criterion == "random":
+        key = zlib.crc32(f"{seed} {name}".encode())
+        rows = [_mixed(row ^ key) for row in range(w.shape[0])]
+        return torch.tensor([[float(_mixed(row ^ column) >> 8) for column in range(w.shape[1])] for row in rows])
+    if criterion == "gradient":
+        assert gradient is not None, "measured by the caller"
+        return gradient
+    if criterion != "magnitude" and lra_rank < min(w.shape):
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        w = (u[:, :lra_rank] * s[:lra_rank]) @ vh[:lra_rank]
+    return -w.abs() if criterion == "smallest" else w.abs()
+
+
+def _mixed(number: int) -> int:
+    """The finalizer of MurmurHash3, on an unsigned number of 32 bits."""
+    number = (number ^ number >> 16) * 0x85EBCA6B % 2**32
+    number = (number ^ number >> 13) * 0xC2B2AE35 % 2**32
+    return number ^ number >> 16
+
+
+def largest_mask(scores: Tensor, k: int, block_shape: tuple[int, int] = (1, 1)) -> Tensor:
+    """The mask of the k largest scores, or of the blocks with the largest sums.
+
+    Args:
+        scores: [m, n].
+        k: how many entries.
+        block_shape: (p, q), where blocks of entries are ranked by the sum of their scores.
+
+    Returns:
+        bool [m, n] with k True entries; of equal entries or blocks the earlier one in row-major order is taken.
+    """
+    (m, n), (p, q) = scores.shape, block_shape
+    sums = scores.reshape(m // p, p, n // q, q).sum((1, 3))
+    order = sums.flatten().sort(descending=True, stable=True).indices
+    mask = torch.zeros(sums.numel(), dtype=torch.bool)
+    mask[order[: k // (p * q)]] = True
+    return mask.view(sums.shape).repeat_interleave(p, dim=0).repeat_interleave(q, dim=1)
 
 
 def principal_mask(weight: Tensor, k: int, lra_rank: int, block_shape: tuple[int, int] = (1, 1)) -> Tensor:
@@ -29,16 +86,7 @@ def principal_mask(weight: Tensor, k: int, lra_rank: int, block_shape: tuple[int
     Returns:
         bool [m, n] with k True entries; of equal entries or blocks the earlier one in row-major order is taken.
     """
-    w = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    if lra_rank < min(w.shape):
-        u, s, vh = torch.linalg.svd(w, full_matrices=False)
-        w = (u[:, :lra_rank] * s[:lra_rank]) @ vh[:lra_rank]
-    (m, n), (p, q) = w.shape, block_shape
-    scores = w.abs().reshape(m // p, p, n // q, q).sum((1, 3))
-    order = scores.flatten().sort(descending=True, stable=True).indices
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[order[: k // (p * q)]] = True
-    return mask.view(scores.shape).repeat_interleave(p, dim=0).repeat_interleave(q, dim=1)
+    return largest_mask(criterion_scores(weight, "principal", lra_rank), k, block_shape)
 
 
 class ReferenceLift:
@@ -55,10 +103,12 @@ class ReferenceLift:
         self.steps = 0
         self.exp_avg = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self.masks = {name: self._select(w) for name, w in self.weights.items()}
+        self.masks = {name: self._select(name) for name in self.weights}
 
-    def _select(self, w: Tensor) -> Tensor:
-        return principal_mask(w, self.config.entries(*w.shape), self.config.lra_rank, self.config.block_shape)
+    def _select(self, name: str) -> Tensor:
+        w, config = self.weights[name], self.config
+        scores = criterion_scores(w, config.criterion, config.lra_rank, config.seed, name)
+        return largest_mask(scores, config.entries(*w.shape), config.block_shape)
 
     def indices(self) -> dict[str, Tensor]:
         """Return name -> flat positions inside the mask, int64, ascending."""
@@ -103,7 +153,7 @@ class ReferenceLift:
         ]
 
     def _refresh(self, name: str) -> None:
-        old, self.masks[name] = self.masks[name], self._select(self.weights[name])
+        old, self.masks[name] = self.masks[name], self._select(name)
         survives = old & self.masks[name]
         self.exp_avg[name].mul_(survives)
         self.exp_avg_sq[name].mul_(survives)

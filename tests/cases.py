@@ -28,6 +28,8 @@ PARITY_SOLVERS = {
     "gram": replace(PARITY, solver="gram"),
     "chebyshev": replace(PARITY, solver="chebyshev", selection_tolerance=1e-4),
 }
+#: The parity runs by other criteria, each at the stages where it is tried.
+PARITY_CRITERIA = {"random": (2, 3), "magnitude": (2,), "smallest": (3,)}
 #: Blocks of entries, refreshed in turns.
 PARITY_BLOCKS = replace(PARITY, block_shape=(2, 4), refresh_parts=3)
 

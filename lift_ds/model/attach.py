@@ -19,6 +19,7 @@ from lift_ds.model.targets import Targets, find_targets, unmanaged_summary
 from lift_ds.model.wrappers import refuse_before_attach
 from lift_ds.runtime.logs import get_logger
 from lift_ds.selection.blocks import divides
+from lift_ds.selection.criteria import criterion_named
 from lift_ds.selection.select import fallback_note
 
 logger = get_logger()
@@ -168,10 +169,11 @@ def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_ba
     config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
     total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
     budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
+    chosen = f"lra_rank {config.lra_rank}" if config.criterion == "principal" else f"criterion {config.criterion}"
     logger.info(
-        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, lra_rank %d, refresh every %d steps; "
+        "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, %s, refresh every %d steps; "
         "%.2f%% of all %s parameters%s%s",
-        len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, config.lra_rank,
+        len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, chosen,
         config.refresh_interval, 100 * entries / everything, f"{everything:,}",
         f"; {dense} more parameters trained densely" if dense else "", fallback_note(fell_back),
     )  # fmt: skip
@@ -183,7 +185,7 @@ def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_ba
             max(1, round(USUAL_DENSITY * total / sum(sum(shape) for shape in shapes))),
         )  # fmt: skip
     whole = sum(config.lra_rank >= min(shape) for shape in shapes)
-    if whole:
+    if whole and criterion_named(config.criterion).low_rank:
         logger.info("lra_rank %d is not below the smaller side of %d of them: there W' = W", config.lra_rank, whole)
 
 

@@ -114,8 +114,8 @@ def deal_first(weights: Mapping[str, Any], config: LiftConfig, ranks: int) -> li
     costs = []
     for weight in weights.values():
         rows, columns = logical_shape(weight)
-        solver = settings_for(_size(weight), config, _selection_device(weight).type).solver
-        costs.append(selection_cost(rows, columns, config.lra_rank, solver))
+        settings = settings_for(_size(weight), config, _selection_device(weight).type)
+        costs.append(selection_cost(rows, columns, settings.lra_rank, settings.solver))
     names = list(weights)
     return [[names[job] for job in jobs] for jobs in deal_out(costs, ranks, most_matrices(len(names), ranks))]
 

@@ -61,7 +61,7 @@ def refresh_work(facts: ModelFacts, config: LiftConfig, ranks: int, stage: int) 
     sizes = {name: MatrixSize.of(shape, LOW) for name, shape in facts.shapes.items()}
     plan = plan_refresh(sizes, config, owners, collected=collected, device_type="cuda")
     cost = {
-        name: selection_cost(size.rows, size.columns, config.lra_rank, plan.settings[name].solver)
+        name: selection_cost(size.rows, size.columns, plan.settings[name].lra_rank, plan.settings[name].solver)
         for name, size in sizes.items()
     }
     return RefreshWork(

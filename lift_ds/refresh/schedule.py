@@ -74,7 +74,7 @@ def plan_refresh(
     """
     settings = {name: settings_for(size, config, device_type) for name, size in sizes.items()}
     costs = {
-        name: selection_cost(size.rows, size.columns, config.lra_rank, settings[name].solver)
+        name: selection_cost(size.rows, size.columns, settings[name].lra_rank, settings[name].solver)
         for name, size in sizes.items()
     }
     count = min(config.refresh_parts, len(sizes))

@@ -16,13 +16,13 @@ def divides(block_shape: BlockShape, shape: Sequence[int]) -> bool:
     return shape[0] % block_shape[0] == 0 and shape[1] % block_shape[1] == 0
 
 
-def block_scores(magnitudes: Tensor, block_shape: BlockShape) -> Tensor:
-    """Sum magnitudes [rows, columns] over blocks; [rows / p, columns / q]."""
+def block_sums(scores: Tensor, block_shape: BlockShape) -> Tensor:
+    """Sum the scores of entries [rows, columns] over blocks; [rows / p, columns / q]."""
     height, width = block_shape
     if height == width == 1:
-        return magnitudes
-    rows, columns = magnitudes.shape
-    return magnitudes.view(rows // height, height, columns // width, width).sum((1, 3))
+        return scores
+    rows, columns = scores.shape
+    return scores.view(rows // height, height, columns // width, width).sum((1, 3))
 
 
 def entries_of_blocks(blocks: Tensor, columns: int, block_shape: BlockShape) -> Tensor:

@@ -1,4 +1,4 @@
-"""Principal indices: the positions of the largest entries of the low-rank approximation."""
+"""Selecting in one matrix: by default the principal weights, the largest entries of the low-rank approximation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lift_ds.config import SELECTION_TOLERANCE, SOLVERS
-from lift_ds.selection.blocks import BlockShape, block_scores, divides, entries_of_blocks
+from lift_ds.selection.blocks import BlockShape, block_sums, divides, entries_of_blocks
 from lift_ds.selection.chebyshev import chebyshev
 from lift_ds.selection.cost import choose_solver
+from lift_ds.selection.criteria import Matrix, Part, Scores, criterion_named
 from lift_ds.selection.low_rank import Factors, low_rank_factors
-from lift_ds.selection.precision import TILE_ENTRIES, full_precision, largest_magnitude, tiles, working_precision
+from lift_ds.selection.precision import TILE_ENTRIES, full_precision, largest_magnitude, tiles
 from lift_ds.selection.settings import SelectionSettings
 from lift_ds.selection.topk import SAMPLE_SCORES, RunningTopK, kth_largest, on_host
 
@@ -75,13 +76,16 @@ def principal_indices(
 
 
 @torch.no_grad()
-def select_principal(weight: Tensor, settings: SelectionSettings, start: Tensor | None = None) -> Selected:
+def select_principal(
+    weight: Tensor, settings: SelectionSettings, start: Tensor | None = None, name: str = ""
+) -> Selected:
     """Like `principal_indices`, from the subspace of an earlier call on, and with what there is to know about it.
 
     Args:
         weight: [m, n], any floating dtype, finite.
         settings: what is selected, and how.
         start: `subspace` of the last result for this matrix.
+        name: dotted name of the layer, by which the criterion "random" tells matrices apart.
 
     Raises:
         ValueError: as `principal_indices`.
@@ -93,7 +97,9 @@ def select_principal(weight: Tensor, settings: SelectionSettings, start: Tensor 
     with full_precision(weight.device):
         factors, found = _approximate(weight, settings, start)
         blocks = settings.k // (block_shape[0] * block_shape[1])
-        largest = _largest(_Scores(weight, factors, block_shape), blocks, settings.tile_entries)
+        scores = criterion_named(settings.criterion).scores(Matrix(weight, factors, name, settings.seed))
+        of_blocks = _BlockScores(weight.shape, scores, block_shape, weight.device)
+        largest = _largest(of_blocks, blocks, settings.tile_entries)
         index = entries_of_blocks(largest, weight.shape[1], block_shape)
     return Selected(index=index, **found)
 
@@ -108,7 +114,7 @@ def select_in(name: str, weight: Tensor, settings: SelectionSettings, start: Ten
         ValueError: as `select_principal`, naming the weight.
     """
     try:
-        return select_principal(weight, settings, start)
+        return select_principal(weight, settings, start, name)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
 
@@ -154,22 +160,22 @@ def _approximate(
     return found.factors, {"solver": "chebyshev", "estimate": found.estimate, **about}
 
 
-class _Scores:
-    """The magnitudes of W', summed over blocks, computed where they are asked for.
+class _BlockScores:
+    """The scores of the entries of a matrix, summed over blocks, computed where they are asked for.
 
     Args:
-        weight: [m, n].
-        factors: of W'; None where W' = W.
-        block_shape: (p, q); scores are numbered row-major in the grid [m / p, n / q] of blocks.
+        shape: [m, n].
+        of_entries: gives the scores of the entries.
+        block_shape: (p, q); blocks are numbered row-major in their grid [m / p, n / q].
+        device: of the scores.
     """
 
-    def __init__(self, weight: Tensor, factors: Factors | None, block_shape: BlockShape) -> None:
-        self._weight = weight
-        self._factors = factors
+    def __init__(self, shape: torch.Size, of_entries: Scores, block_shape: BlockShape, device: torch.device) -> None:
+        self._of_entries = of_entries
         self._block_shape = block_shape
-        self.grid = (weight.shape[0] // block_shape[0], weight.shape[1] // block_shape[1])
+        self.grid = (shape[0] // block_shape[0], shape[1] // block_shape[1])
         self.entries_of_a_score = block_shape[0] * block_shape[1]
-        self.device = weight.device
+        self.device = device
 
     def rows(self, rows: slice) -> Tensor:
         """Return the scores of some rows of the grid, [rows, n / q]."""
@@ -187,15 +193,11 @@ class _Scores:
         within = torch.arange(self._block_shape[axis], device=self.device)
         return (blocks[:, None] * self._block_shape[axis] + within).flatten()
 
-    def _of(self, rows: slice | Tensor, columns: slice | Tensor) -> Tensor:
-        if self._factors is None:
-            values = working_precision(self._weight[rows][:, columns])
-        else:
-            values = self._factors[0][rows] @ self._factors[1][:, columns]
-        return block_scores(values.abs_() if self._factors else values.abs(), self._block_shape)
+    def _of(self, rows: Part, columns: Part) -> Tensor:
+        return block_sums(self._of_entries(rows, columns), self._block_shape)
 
 
-def _largest(scores: _Scores, count: int, tile_entries: int) -> Tensor:
+def _largest(scores: _BlockScores, count: int, tile_entries: int) -> Tensor:
     """Return the numbers of the blocks with the largest scores, int64 [count], ascending."""
     floor = _floor(scores, count) if on_host(scores.device) else None
     largest = _ranked(scores, count, tile_entries, floor)
@@ -205,14 +207,14 @@ def _largest(scores: _Scores, count: int, tile_entries: int) -> Tensor:
     return largest
 
 
-def _floor(scores: _Scores, count: int) -> Tensor | None:
+def _floor(scores: _BlockScores, count: int) -> Tensor | None:
     """Return a bound that is likely, not sure, to lie below the threshold; None where a sample cannot tell."""
     sample = scores.sample(SAMPLE_SCORES)
     above = math.ceil(_MARGIN * count / (scores.grid[0] * scores.grid[1]) * sample.numel())
     return kth_largest(sample, above + 1) if above < sample.numel() else None
 
 
-def _ranked(scores: _Scores, count: int, tile_entries: int, floor: Tensor | None) -> Tensor | None:
+def _ranked(scores: _BlockScores, count: int, tile_entries: int, floor: Tensor | None) -> Tensor | None:
     """Rank all scores, a tile at a time; None where fewer than `count` lie above the floor."""
     largest = RunningTopK(count, scores.device, floor)
     rows, columns = scores.grid

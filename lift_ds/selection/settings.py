@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lift_ds.config import SELECTION_TOLERANCE, LiftConfig
 from lift_ds.selection.blocks import BlockShape
 from lift_ds.selection.cost import choose_solver
+from lift_ds.selection.criteria import criterion_named
 from lift_ds.selection.precision import TILE_ENTRIES
 
 
@@ -23,6 +24,7 @@ class SelectionSettings:
         seed: of the random vectors that "chebyshev" begins with.
         block_shape: of the blocks that are selected by the sum of their magnitudes; (1, 1) for single entries.
         tile_entries: entries of W' that are formed at a time.
+        criterion: by which score entries are selected.
     """
 
     k: int
@@ -32,6 +34,7 @@ class SelectionSettings:
     seed: int = 0
     block_shape: BlockShape = (1, 1)
     tile_entries: int = TILE_ENTRIES
+    criterion: str = "principal"
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,32 @@ def settings_for(matrix: MatrixSize, config: LiftConfig, device_type: str) -> Se
         matrix: its size.
         config: LIFT's settings.
         device_type: "cpu", "cuda", ...; where the selection is computed, which decides what "auto" means.
+
+    Raises:
+        ValueError: the solver is not for the criterion.
     """
-    solver = config.solver
-    if solver == "auto":
-        solver = choose_solver(matrix.rows, matrix.columns, config.lra_rank, device_type)
+    criterion = criterion_named(config.criterion)
+    # Of full rank, W' = W and nothing is factored.
+    lra_rank = config.lra_rank if criterion.low_rank else min(matrix.rows, matrix.columns)
     return SelectionSettings(
         k=config.entries(matrix.rows, matrix.columns),
-        lra_rank=config.lra_rank,
-        solver=solver,
+        lra_rank=lra_rank,
+        solver=_solver(matrix, lra_rank, config, device_type),
         tolerance=config.selection_tolerance,
         seed=config.seed,
         block_shape=config.block_shape,
+        criterion=config.criterion,
     )
+
+
+def _solver(matrix: MatrixSize, lra_rank: int, config: LiftConfig, device_type: str) -> str:
+    """Return the solver for a matrix; never "auto"."""
+    largest = criterion_named(config.criterion).largest
+    if config.solver == "chebyshev" and not largest:
+        raise ValueError(
+            f"solver={config.solver!r} stops once the largest entries of W' are right, and criterion="
+            f"{config.criterion!r} does not take those; give solver='auto', 'gram' or 'svd'"
+        )
+    if config.solver != "auto":
+        return config.solver
+    return choose_solver(matrix.rows, matrix.columns, lra_rank, device_type) if largest else "gram"

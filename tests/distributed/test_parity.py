@@ -7,6 +7,7 @@ that on to the update, which is a small share of the weight. Twice that between 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -140,6 +141,13 @@ def test_every_solver_trains_on_two_ranks_as_in_one_process(
     run = two_ranks[0][f"{solver} stage {stage}"]
     assert_same_training(run, train_plain(cases.PARITY_SOLVERS[solver]))
     assert run["refreshes"] == [(step, 14, 0) for step in (20, 40, 60)], "another solver was used than is tested"
+
+
+@pytest.mark.parametrize("criterion", cases.PARITY_CRITERIA)
+def test_every_criterion_trains_on_two_ranks_as_the_reference(two_ranks: list[dict[str, Any]], criterion: str) -> None:
+    expected = train_reference("llama", dataclasses.replace(cases.PARITY, criterion=criterion))
+    for stage in cases.PARITY_CRITERIA[criterion]:
+        assert_same_training(two_ranks[0][f"{criterion} stage {stage}"], expected)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

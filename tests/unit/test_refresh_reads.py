@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lift_ds.index.encoding import encode
 from lift_ds.selection import Selected, SelectionSettings, low_rank, select, select_principal
+from lift_ds.selection.criteria import Matrix, principal
 from lift_ds.selection.precision import tiles
 
 #: Operators whose result, or its size, is read from the memory of a device.
@@ -156,7 +157,8 @@ def test_ranking_and_encoding_read_nothing(block_shape: tuple[int, int]) -> None
         weight, factors = torch.empty(64, 200), (torch.empty(64, 8), torch.empty(8, 200))
         for tile_entries in (600, 2**24):
             for low in (None, factors):
-                scores = select._Scores(weight, low, block_shape)
+                of_entries = principal(Matrix(weight, low, "", 0))
+                scores = select._BlockScores(weight.shape, of_entries, block_shape, weight.device)
                 assert select._largest(scores, 100, tile_entries).shape == (100,)
         for columns in (200, 600_000):
             assert encode(torch.empty(800, dtype=torch.int64), 64, columns, block_shape).is_meta

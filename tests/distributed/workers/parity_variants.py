@@ -1,5 +1,5 @@
 """The parity case with offload, accumulation, clipping, bf16, a replicated index, odd numbers of entries, the other
-solvers, and blocks refreshed in turns; saves what `parity` saves.
+solvers and criteria, and blocks refreshed in turns; saves what `parity` saves.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ if __name__ == "__main__":
         for solver, settings in cases.PARITY_SOLVERS.items():
             results[f"{solver} stage {stage}"] = run("llama", stage, settings=settings)
         results[f"blocks stage {stage}"] = run("matrices", stage, settings=cases.PARITY_BLOCKS)
+    for criterion, stages in cases.PARITY_CRITERIA.items():
+        for stage in stages:
+            settings = replace(cases.PARITY, criterion=criterion)
+            results[f"{criterion} stage {stage}"] = run("llama", stage, settings=settings)
     for stage in (0, 2, 3):
         results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
     for stage in range(4):
