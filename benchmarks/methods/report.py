@@ -79,7 +79,7 @@ def _warnings(study: Study, rows: Sequence[Row]) -> list[str]:
                 lines.append(f"{task.name}, {method.name}: no learning rate is chosen yet.")
     left = left_to_do(cells_of(study, rows), rows)
     if left:
-        lines.append(f"{len(left)} runs have not been made yet.")
+        lines.append(f"Runs that have not been made yet: {len(left)}.")
     lines += unequal_starts(rows)
     lines += [f"{cell_of(row).name} failed: {row['error']}" for row in rows if row["status"] == FAILED]
     return ["## What is missing", "\n".join(f"- {line}" for line in lines)] if lines else []

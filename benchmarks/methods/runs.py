@@ -88,7 +88,7 @@ class Runs:
             *("--output", self._evaluated(cell, "commonsense")),
         ]
         calls = [own, others] if self.study.commonsense and cell.phase == COUNT else [own]
-        return [[str(word) for word in call] for call in calls]
+        return [[str(word) for word in (*call, *self.study.evaluation)] for call in calls]
 
     def _evaluated(self, cell: Cell, part: str) -> Path:
         return self.output / "evaluations" / f"{cell.name}.{part}.json"
@@ -135,8 +135,9 @@ class Runs:
     def _evaluate(self, cell: Cell) -> Row:
         began, peak = time.monotonic(), 0
         self._evaluated(cell, "").parent.mkdir(parents=True, exist_ok=True)
-        for call in self.evaluate_arguments(cell):
-            ended = run_forked(partial(evaluation.main, call), self.output / "logs" / f"{Path(call[-1]).stem}.log")
+        for number, call in enumerate(self.evaluate_arguments(cell), 1):
+            log = self.output / "logs" / f"{cell.name}.evaluate{number}.log"
+            ended = run_forked(partial(evaluation.main, call), log)
             if ended.code:
                 raise RunError(f"lift-ds evaluate ended with {ended.code}: {ended.last_line}")
             peak = max(peak, ended.peak_bytes)

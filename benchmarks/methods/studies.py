@@ -64,6 +64,7 @@ class Study:
         tuning_seed: of the runs by which learning rates are chosen; it is not counted.
         counted_seeds: of the runs that are compared.
         flags: of `lift-ds train`, the same for every task and method.
+        evaluation: flags of `lift-ds evaluate`.
         extensions: by how many rates a grid is made longer at most, while the best is the first or the last of it.
         texts: windows of general text whose loss is measured.
         window: characters of one.
@@ -78,6 +79,7 @@ class Study:
     tuning_seed: int
     counted_seeds: tuple[int, ...]
     flags: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ("--batch_size", "32")
     extensions: int = 1
     texts: int = 60
     window: int = 1200
