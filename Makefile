@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml setup.py lift_ds/index/kernels/host_access.c constraint
 	host=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') && \
 	PATH="$(abspath $(BIN)):$$PATH" DS_BUILD_CPU_ADAM=$$host DS_BUILD_SHM_COMM=$$host \
 	$(PIP) --no-build-isolation --no-cache-dir deepspeed
-	$(PIP) --no-build-isolation --editable '.[trl,development,benchmarks,docs]'
+	$(PIP) --no-build-isolation --editable '.[trl,evaluation,development,benchmarks,docs]'
 	touch $(STAMP)
 
 train: $(STAMP)

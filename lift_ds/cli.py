@@ -2,6 +2,7 @@
 
     lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
     lift-ds train --model_name_or_path MODEL --train_file rows.json --output_dir tuned
+    lift-ds evaluate tuned --tasks lift_gsm8k,arc_easy
 
 The libraries of a command are imported when it is run.
 """
@@ -15,6 +16,7 @@ import sys
 #: Command -> (module whose `main` takes what follows it, what it is for).
 _COMMANDS = {
     "plan": ("lift_ds.planner.command", "memory, network and time of a run, from the model's configuration alone"),
+    "evaluate": ("lift_ds.evaluation.command", "tasks, loss and KL divergence of a trained model"),
     "train": ("lift_ds.training.command", "fine-tune a causal language model with LIFT, in full, or with LoRA"),
 }
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
-import os
 import shlex
 import shutil
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.measure.records import Record
+from benchmarks.measure.tables import alone_in
 from benchmarks.scaling.cells import METHODS, STAGES, STRONG, WEAK, Cell, Grid, Sizes, make_grid
 from benchmarks.scaling.job import Job, environment_of
 from benchmarks.scaling.plots import draw_all
@@ -114,23 +113,6 @@ def runner_of(args: argparse.Namespace) -> Runner:
     if args.launcher == "hostfile":
         return Hosts(args.hostfile)
     return Local() if args.launcher == "local" else Slurm(shlex.split(args.sbatch), args.queue_limit)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other studies out of a folder.
-
-    Raises:
-        ValueError: when one is at work there.
-    """
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another study is at work there") from None
-    finally:
-        os.close(held)
 
 
 def run(args: argparse.Namespace, cells: list[Cell], todo: list[Cell], rows: list[Row], runner: Runner) -> int:

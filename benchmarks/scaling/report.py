@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.measure.tables import markdown_table
 from benchmarks.scaling.cells import Cell, Sizes
 from benchmarks.scaling.predict import calibrate
 from benchmarks.scaling.summary import Summary, comparisons, scalings, summarise
@@ -72,7 +73,7 @@ def _of_sizes(sizes: Sizes, rows: Sequence[Row]) -> list[str]:
         ]  # fmt: skip
         head = [*_WHERE, "one rank, s", "s", "speed-up", "efficiency", "predicted speed-up", "predicted efficiency"]
         text = "Speed-up: tokens a second over those of one rank. Efficiency: t1 / (N tN) strong, t1 / tN weak."
-        parts += ["### Speed-up and efficiency", text, _table(head, rows_)]
+        parts += ["### Speed-up and efficiency", text, markdown_table(head, rows_)]
     if compared := comparisons(found):
         rows_ = [
             [one.other.cell.method, *_where(one.lift.cell)[1:], f"{one.faster:.2f}", _number(one.predicted_faster, 2),
@@ -80,7 +81,7 @@ def _of_sizes(sizes: Sizes, rows: Sequence[Row]) -> list[str]:
             for one in compared
         ]  # fmt: skip
         head = ["against", *_WHERE[1:], "LIFT's step is times as fast", "predicted", "times fewer bytes"]
-        parts += ["### LIFT against the others", _table(head, rows_)]
+        parts += ["### LIFT against the others", markdown_table(head, rows_)]
     if any(one.median["refresh_seconds"] is not None for one in found):
         rows_ = [
             [*_where(one.cell)[1:], _number(seconds, 3), _number(one.median["predicted_refresh_seconds"], 3),
@@ -88,7 +89,7 @@ def _of_sizes(sizes: Sizes, rows: Sequence[Row]) -> list[str]:
             for one in found if (seconds := one.median["refresh_seconds"]) is not None
         ]  # fmt: skip
         head = [*_WHERE[1:], "refresh, s", "predicted, s", "in steps", "MB it adds"]
-        parts += ["### Refresh", _table(head, rows_)]
+        parts += ["### Refresh", markdown_table(head, rows_)]
     return parts
 
 
@@ -132,7 +133,7 @@ def _measured(found: Sequence[Summary]) -> str:
         *_WHERE, "runs", "step, s", "predicted, s", "measured/predicted", "MB", "predicted MB", "limit, s",
         "step/limit", "peak MB", "predicted peak MB",
     ]  # fmt: skip
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _where(cell: Cell) -> list[str]:
@@ -148,9 +149,3 @@ def _number(value: float | None, digits: int) -> str:
 def _megabytes(one: Summary, column: str) -> str:
     value = one.median[column]
     return _number(None if value is None else 1e-6 * value, 2)
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

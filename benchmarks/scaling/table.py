@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+from benchmarks.measure import tables
+from benchmarks.measure.tables import FAILED, OK, Row
 from benchmarks.scaling.cells import Cell, Sizes
-from lift_ds.runtime.files import write_whole
 
-#: A row: column -> value; None where nothing was measured, counted or predicted.
-Row = dict[str, Any]
-
-OK, FAILED = "ok", "failed"
+__all__ = ["COLUMNS", "FAILED", "OK", "Row", "cell_of", "left_to_do", "read_rows", "row_of", "with_row", "write_rows"]
 
 #: Column -> kind of its values, in the order of the file.
 COLUMNS: dict[str, type] = {
@@ -56,35 +51,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: when it is not the file of a study, or a value cannot be read.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if list(reader.fieldnames or ()) != list(COLUMNS):
-            raise ValueError(f"{path}: its columns are not those of a study; name another folder by --output")
-        return [_read(path, reader.line_num, texts) for texts in reader]
-
-
-def _read(path: Path, line: int, texts: dict[str, str]) -> Row:
-    row: Row = {}
-    for name, kind in COLUMNS.items():
-        try:
-            row[name] = kind(texts[name]) if texts[name] else None
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {line}: {name}={texts[name]!r} is no {kind.__name__}") from error
-    return row
+    return tables.read_rows(path, COLUMNS)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write all rows; a reader sees either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        # A number is written as it reads, so that a table that is read and written stays the same.
-        writer.writerow({name: kind(row[name]) for name, kind in COLUMNS.items() if row[name] is not None})
-    write_whole(path, text.getvalue())
+    tables.write_rows(path, COLUMNS, rows)
 
 
 def left_to_do(cells: Iterable[Cell], rows: Iterable[Row], retry: bool) -> list[Cell]:

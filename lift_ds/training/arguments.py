@@ -76,6 +76,10 @@ class ScriptArguments:
     method: str = _flag("What is trained: principal weights, all weights, or adapters", "lift", choices=METHODS)
     lora_rank: int = _flag("Rank of the adapters of --method lora", 128)
     lora_alpha: int | None = _flag("Scale of the adapters of --method lora (default: twice their rank)")
+    use_rslora: bool = _flag(
+        "Scale the adapters by alpha over the root of their rank (rsLoRA), not over the rank", False
+    )
+    use_dora: bool = _flag("Train a magnitude for each row of the weights beside the adapters (DoRA)", False)
 
     dataset_name: str | None = _flag("A data set that `datasets` can load, by name or folder")
     dataset_config: str | None = _flag("Configuration of the data set, where it has several")

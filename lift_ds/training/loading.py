@@ -169,6 +169,8 @@ def lora_config(script: ScriptArguments, config: LiftConfig) -> LoraConfig:
     return LoraConfig(
         r=script.lora_rank,
         lora_alpha=script.lora_alpha or 2 * script.lora_rank,
+        use_rslora=script.use_rslora,
+        use_dora=script.use_dora,
         target_modules="all-linear" if targets is None else list(targets),
         exclude_modules=rf"(.*\.)?({inside})(\..*)?" if inside else None,
         task_type="CAUSAL_LM",

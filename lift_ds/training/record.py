@@ -1,4 +1,6 @@
-"""The record of a run: the settings and versions it was started with, in `launch/resolved.json` of its folder."""
+"""The record of a run, in `launch/resolved.json` of its folder: the settings and versions it was started with, and what
+its training took.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lift_ds import LiftConfig
+from lift_ds.model.partition import logical_shape
 from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import is_main_rank
 from lift_ds.runtime.ranks import from_all
@@ -29,7 +33,8 @@ _PACKAGES = ("lift_ds", "torch", "deepspeed", "transformers", "accelerate", "trl
 
 
 class RecordCallback(TrainerCallback):
-    """Writes the record when training begins: nothing in DeepSpeed's settings is "auto" any more by then.
+    """Writes the record when training begins: nothing in DeepSpeed's settings is "auto" any more by then. Adds to it
+    what training took when it ends.
 
     Args:
         config: LIFT's settings; None where another method trains.
@@ -44,6 +49,10 @@ class RecordCallback(TrainerCallback):
         hosts = from_all(socket.gethostname())
         if is_main_rank():
             write(Path(str(args.output_dir)) / RECORD, self._settled(args, hosts))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, model: nn.Module, **__: Any) -> None:
+        if is_main_rank():
+            add(str(args.output_dir), training=_what_training_took(state, model))
 
     def _settled(self, args: TrainingArguments, hosts: list[str]) -> dict[str, Any]:
         nodes: dict[str, list[int]] = {}
@@ -63,6 +72,20 @@ class RecordCallback(TrainerCallback):
         }
 
 
+def _what_training_took(state: TrainerState, model: nn.Module) -> dict[str, Any]:
+    """Return steps, seconds, tokens and first loss of this start, the entries trained, and the peak of the device."""
+    last = {name: value for entry in state.log_history for name, value in entry.items()}
+    first = next((entry["loss"] for entry in state.log_history if "loss" in entry), None)
+    return {
+        "steps": state.global_step,
+        "seconds": last.get("train_runtime"),
+        "tokens": last.get("num_tokens"),
+        "first_logged_loss": first,
+        "trained_entries": sum(logical_shape(p).numel() for p in model.parameters() if p.requires_grad),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that a run's result depends on."""
     found = {}
@@ -80,9 +103,19 @@ def note_end(output_dir: str) -> None:
     Args:
         output_dir: the run's folder.
     """
+    add(output_dir, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def add(output_dir: str, **more: Any) -> None:
+    """Add to the record of a run where there is one; for one rank.
+
+    Args:
+        output_dir: the run's folder.
+        **more: name -> what to add; it takes the place of what has that name.
+    """
     path = Path(output_dir) / RECORD
     if path.is_file():
-        write(path, json.loads(path.read_text()) | {"finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        write(path, json.loads(path.read_text()) | more)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -86,12 +86,25 @@ def _on_host(tensor: Tensor, adapter: LoraLayer | None, dtype: torch.dtype) -> T
     value = tensor.detach()
     if adapter is not None:
         # In float32, so that merging rounds once, to the dtype of the result.
-        value = value.float() + adapter.get_delta_weight(_ADAPTER).float()
+        value = _merged(value.float(), adapter)
     return value.to("cpu", dtype, copy=True).contiguous()
 
 
+def _merged(weight: Tensor, adapter: LoraLayer) -> Tensor:
+    """Add an adapter to its weight [m, n], float32; with DoRA, then bring each row to the length that was trained."""
+    weight = weight + adapter.get_delta_weight(_ADAPTER).float()
+    if _ADAPTER not in adapter.lora_magnitude_vector:
+        return weight
+    lengths = adapter.lora_magnitude_vector[_ADAPTER].weight.float()  # [m]
+    return weight * (lengths / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
+
+
 def _factors(adapter: Any) -> list[Tensor]:
-    return [] if adapter is None else [adapter.lora_A[_ADAPTER].weight, adapter.lora_B[_ADAPTER].weight]
+    """The trained tensors of an adapter."""
+    if adapter is None:
+        return []
+    magnitudes = [adapter.lora_magnitude_vector[_ADAPTER].weight] if len(adapter.lora_magnitude_vector) else []
+    return [adapter.lora_A[_ADAPTER].weight, adapter.lora_B[_ADAPTER].weight, *magnitudes]
 
 
 def _whole(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:

@@ -49,7 +49,7 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _APPLIED = {
     "lift": {*LIFT_FLAGS},
     "full": {"stall_timeout"},
-    "lora": {"stall_timeout", "target_modules", "exclude_modules", "lora_rank", "lora_alpha"},
+    "lora": {"stall_timeout", "target_modules", "exclude_modules", "lora_rank", "lora_alpha", "use_rslora", "use_dora"},
 }
 
 #: Seconds that collectives may take beyond `stall_timeout`: the watch ends a run first, as it says more.
@@ -96,7 +96,7 @@ def read_settings(argv: Sequence[str] | None = None) -> Settings:
     is_demo = check_sources(values)
     if is_demo:
         logger.info("%s", demo.settle(values, given))
-    lift = _lift_config(values, file)
+    lift = _lift_config(values, file, given)
     trainer = own_flags(TrainArguments, values | _limit_of_collectives(lift, given) | _adam_of(lift, values))
     # Accelerate fills in every "auto" it finds, at any depth, and refuses those it does not know, such as a solver's.
     own_blocks = (LIFT_BLOCK, TRAIN_DEFAULTS_BLOCK)
@@ -173,7 +173,7 @@ def check_sources(values: Mapping[str, Any]) -> bool:
     return not data
 
 
-def _lift_config(values: Mapping[str, Any], file: Mapping[str, Any] | None) -> LiftConfig:
+def _lift_config(values: Mapping[str, Any], file: Mapping[str, Any] | None, given: Collection[str]) -> LiftConfig:
     """Return LIFT's settings: those of flags, then of the file's "lift" block, then the defaults and usual density."""
     if file is not None and values["method"] == "lift":
         refuse_optimizer_block(file)
@@ -182,6 +182,8 @@ def _lift_config(values: Mapping[str, Any], file: Mapping[str, Any] | None) -> L
             LiftConfig.from_ds_config(file)  # says what to add
     block = LiftConfig.checked_block((file or {}).get(LIFT_BLOCK, {}))
     flags = {name: values[name] for name in LIFT_FLAGS if values[name] is not None}
+    if "seed" in given:  # the Trainer's flag; its default of 42 is not the block's
+        flags["seed"] = values["seed"]
     match flags.get("target_modules"):
         case [name] if name in TARGET_PRESETS:
             flags["target_modules"] = name

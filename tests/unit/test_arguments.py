@@ -139,6 +139,13 @@ def test_a_twentieth_is_trained_unless_file_or_flag_says_otherwise(tmp_path: Pat
     assert [(config.budget_rank, config.density) for config, _ in said] == [budget for _, budget in said]
 
 
+def test_the_seed_of_a_run_is_that_of_its_selection_too(tmp_path: Path) -> None:
+    assert lift_settings(tmp_path, {"seed": 5}).seed == 5
+    assert lift_settings(tmp_path, {"seed": 5}, "--seed", "7").seed == 7
+    assert settings.read_settings([*SOURCES, "--seed", "7"]).lift.seed == 7
+    assert settings.read_settings(SOURCES).lift.seed == 0  # the Trainer's default is its own
+
+
 def check(*flags: str) -> None:
     settings.check_method(*arguments.make_parser().read(flags))
 
@@ -162,7 +169,7 @@ def test_adamw_by_name_is_what_lift_does(lift_log: list[str]) -> None:
     [
         (("--method", "full", "--density", "0.1", "--exclude_modules", "head"), {"density", "exclude_modules"}),
         (("--method", "lora", "--lra_rank", "4", "--exclude_modules", "head"), {"lra_rank"}),
-        (("--lora_rank", "4"), {"lora_rank"}),
+        (("--lora_rank", "4", "--use_dora", "true"), {"lora_rank", "use_dora"}),
     ],
 )
 def test_a_flag_of_another_method_is_warned_of(flags: tuple[str, ...], idle: set[str], lift_log: list[str]) -> None:

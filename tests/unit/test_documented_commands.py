@@ -15,6 +15,7 @@ import pytest
 from deepspeed.launcher.runner import parse_args as parse_deepspeed
 from pages import PAGES, REPOSITORY, blocks
 
+from benchmarks.methods.command import parse_arguments as parse_methods
 from benchmarks.scaling.command import make_parser as make_study_parser
 from lift_ds import cli, universal
 from lift_ds.training.arguments import make_parser as make_train_parser
@@ -55,6 +56,8 @@ def check_python(arguments: list[str]) -> None:
         check_training(arguments[2:])
     elif arguments[0] == "launch/scaling_study.py":
         assert make_study_parser(None).parse_args(arguments[1:])
+    elif arguments[:2] == ["-m", "benchmarks.methods"]:
+        assert parse_methods(arguments[2:])
     else:
         assert arguments[0] == "-m"
         assert arguments[1].startswith("benchmarks."), arguments

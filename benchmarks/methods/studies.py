@@ -1,0 +1,178 @@
+"""What is compared: studies, each with its tasks, methods, learning rates and seeds, all fixed before the first run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Args:
+        name: in tables.
+        flags: of `lift-ds train`.
+        learning_rates: that are tried, ascending; of the series 1, 3, 10, 30, ...
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned, and what of.
+
+    Args:
+        name: in tables.
+        source: a skill of `benchmarks.methods.skill`, or "math" for the word problems of the data folder.
+        test_file: of the data folder, whose answers are asked for in the test; None: those of the rows held out.
+        train_rows: that are trained on.
+        validation_rows: by which learning rates are chosen.
+        test_rows: by which methods are compared.
+        longest: most characters of a row's question and output together; longer rows are left out.
+        steps: of the optimizer.
+        batch: rows of a step.
+        max_length: tokens of a row.
+        new_tokens: most that are generated for an answer.
+        flags: of `lift-ds train`, the same for every method.
+    """
+
+    name: str
+    source: str
+    test_file: str | None
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    longest: int
+    steps: int
+    batch: int
+    max_length: int
+    new_tokens: int
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Args:
+        name: of the command line.
+        tasks: each is learned by each method.
+        methods: that are compared.
+        tuning_seed: of the runs by which learning rates are chosen; it is not counted.
+        counted_seeds: of the runs that are compared.
+        flags: of `lift-ds train`, the same for every task and method.
+        evaluation: flags of `lift-ds evaluate`.
+        extensions: by how many rates a grid is made longer at most, while the best is the first or the last of it.
+        texts: windows of general text whose loss is measured.
+        window: characters of one.
+        prompts: questions of other tasks on which the divergence from the base is measured.
+        commonsense: tasks of lm-evaluation-harness, asked after the counted runs.
+        limit: questions of each.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    methods: tuple[Method, ...]
+    tuning_seed: int
+    counted_seeds: tuple[int, ...]
+    flags: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ("--batch_size", "32")
+    extensions: int = 1
+    texts: int = 60
+    window: int = 1200
+    prompts: int = 60
+    commonsense: tuple[str, ...] = ()
+    limit: int = 100
+
+    def task(self, name: str) -> Task:
+        """Return the task of a name."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def method(self, name: str) -> Method:
+        """Return the method of a name."""
+        return next(method for method in self.methods if method.name == name)
+
+
+#: As many entries as a LoRA of this rank has: in SmolLM2-135M about 5% of each matrix.
+_RANK = "17"
+_LIFT = ("--method", "lift", "--budget_rank", _RANK, "--lra_rank", "128", "--refresh_interval", "50")
+_LORA = ("--method", "lora", "--lora_rank", _RANK)
+
+_DENSE_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+_FEW_ENTRIES_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+FULL = Method("full", ("--method", "full"), _DENSE_RATES)
+LORA = Method("lora", _LORA, _FEW_ENTRIES_RATES)
+RSLORA = Method("rslora", (*_LORA, "--use_rslora", "true"), _FEW_ENTRIES_RATES)
+DORA = Method("dora", (*_LORA, "--use_dora", "true"), _FEW_ENTRIES_RATES)
+LIFT = Method("lift", _LIFT, _FEW_ENTRIES_RATES)
+LIFT_MLP = Method("lift_mlp", (*_LIFT, "--target_modules", "LIFT_MLP"), _FEW_ENTRIES_RATES)
+LIFT_BLOCKS = Method("lift_blocks", (*_LIFT, "--block_shape", "4", "4"), _FEW_ENTRIES_RATES)
+MAGNITUDE, RANDOM, SMALLEST, GRADIENT = (
+    Method(criterion, (*_LIFT, "--criterion", criterion), _FEW_ENTRIES_RATES)
+    for criterion in ("magnitude", "random", "smallest", "gradient")
+)
+
+_METHODS = (FULL, LORA, LIFT, MAGNITUDE, RANDOM, RSLORA, DORA, SMALLEST, GRADIENT, LIFT_MLP, LIFT_BLOCKS)
+
+#: In float32 the saved model is the trained one; nothing is rounded.
+_FLAGS = ("--bf16", "false", "--gradient_checkpointing", "false")
+
+_COMMONSENSE = ("arc_easy", "piqa")
+
+SKILL = Study(
+    name="skill",
+    tasks=(
+        Task(
+            "addition", source="addition", test_file=None, train_rows=800, validation_rows=100, test_rows=200,
+            longest=1000, steps=100, batch=8, max_length=160, new_tokens=90,
+        ),
+    ),
+    methods=_METHODS,
+    tuning_seed=0,
+    counted_seeds=(1, 2, 3, 4),
+    flags=_FLAGS,
+    commonsense=_COMMONSENSE,
+)  # fmt: skip
+
+MATH = Study(
+    name="math",
+    tasks=(
+        Task(
+            "math", source="math", test_file="svamp_test.json", train_rows=800, validation_rows=100, test_rows=200,
+            longest=400, steps=100, batch=8, max_length=200, new_tokens=160,
+        ),
+    ),
+    methods=_METHODS,
+    tuning_seed=0,
+    counted_seeds=(1, 2, 3, 4),
+    flags=_FLAGS,
+    commonsense=_COMMONSENSE,
+)  # fmt: skip
+
+#: Whether everything works, in a minute, on a model as small as one likes; it says nothing of the methods.
+SMOKE = Study(
+    name="smoke",
+    tasks=(
+        Task(
+            "units", source="units", test_file=None, train_rows=16, validation_rows=4, test_rows=4, longest=1000,
+            steps=4, batch=2, max_length=128, new_tokens=4,
+        ),
+    ),
+    methods=(
+        Method("full", ("--method", "full"), (1e-3, 3e-3)),
+        Method("lift", ("--budget_rank", "2", "--lra_rank", "4", "--refresh_interval", "2"), (3e-3,)),
+    ),
+    tuning_seed=0,
+    counted_seeds=(1, 2),
+    flags=_FLAGS,
+    extensions=0,
+    texts=2,
+    window=100,
+    prompts=2,
+)  # fmt: skip
+
+STUDIES = {study.name: study for study in (SKILL, MATH, SMOKE)}
