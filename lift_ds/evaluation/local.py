@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from lift_ds.evaluation import answers, wording
-from lift_ds.training.data import read_rows
+from lift_ds.training.data import instruction_prompt, read_rows
 
 Row = dict[str, Any]
 
@@ -53,11 +53,12 @@ def instruction_rows(path: Path, check: Callable[[str, str], None] | None = None
     """Read rows to be answered by generation.
 
     Args:
-        path: JSON array or JSON lines of rows with `instruction`, `answer` and perhaps `input`.
+        path: JSON array or JSON lines of rows with `instruction`, `answer` and perhaps `input`; or with `prompt`, which
+            is used as it is, and `answer`.
         check: raises ValueError where an instruction and its answer cannot be scored.
 
     Returns:
-        Rows of instruction, input and answer, all text.
+        Rows of prompt, instruction, input and answer, all text.
 
     Raises:
         ValueError: the file or a row cannot be used; names the file and the row.
@@ -99,16 +100,19 @@ def _dataset(path: Path, converted: Callable[[Row], Row]) -> Dataset:
 def _plain(raw: Any) -> Row:
     if not isinstance(raw, Mapping):
         raise ValueError(f"a row must be a JSON object, not {type(raw).__name__}")
-    instruction, context, answer = raw.get("instruction"), raw.get("input") or "", raw.get("answer")
+    prompt, answer = raw.get("prompt"), raw.get("answer")
+    instruction, context = raw.get("instruction", prompt), raw.get("input") or ""
     if not isinstance(instruction, str) or not instruction.strip():
-        raise ValueError("a row needs an 'instruction', a text that is not empty")
+        raise ValueError("a row needs an 'instruction' or a 'prompt', a text that is not empty")
     if not isinstance(context, str):
         raise ValueError(f"'input' must be a string, not {type(context).__name__}")
     if isinstance(answer, list) and len(answer) == 1:  # so some files of the published evaluation have it
         answer = answer[0]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError(f"a row needs an 'answer', a text or a number, to be scored; this one has {answer!r}")
-    return {"instruction": instruction, "input": context, "answer": str(answer).strip()}
+    if "instruction" in raw:
+        prompt = instruction_prompt(instruction, context)
+    return {"prompt": prompt, "instruction": instruction, "input": context, "answer": str(answer).strip()}
 
 
 def need_number(instruction: str, answer: str) -> None:

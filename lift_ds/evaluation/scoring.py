@@ -15,8 +15,8 @@ Row = Mapping[str, Any]
 
 
 def prompt(row: Row) -> str:
-    """Return the instruction in the frame that training uses."""
-    return instruction_prompt(row["instruction"], row.get("input") or "")
+    """Return the prompt of a row; else its instruction in the frame that training uses."""
+    return row.get("prompt") or instruction_prompt(row["instruction"], row.get("input") or "")
 
 
 def expected(row: Row) -> str:
