@@ -163,7 +163,7 @@ SMOKE = Study(
         ),
     ),
     methods=(
-        Method("full", ("--method", "full"), (1e-3, 3e-3)),
+        Method("full", ("--method", "full"), (3e-3,)),
         Method("lift", ("--budget_rank", "2", "--lra_rank", "4", "--refresh_interval", "2"), (3e-3,)),
     ),
     tuning_seed=0,
