@@ -8,6 +8,7 @@ import csv
 import fcntl
 import io
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ Row = dict[str, Any]
 
 #: Column -> kind of its values, in the order of the file.
 Columns = Mapping[str, type]
+
+#: Seconds that the processes of a study that was killed may take to end.
+_ENDING = 5.0
 
 #: Values of the column "status".
 OK, FAILED = "ok", "failed"
@@ -78,9 +82,20 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(held, folder)
         yield
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another study is at work there") from None
     finally:
         os.close(held)
+
+
+def _lock(held: int, folder: Path) -> None:
+    """Lock a folder, which processes forked from a study that was killed hold until they have ended too."""
+    deadline = time.monotonic() + _ENDING
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"--output {folder}: another study is at work there") from None
+        time.sleep(0.05)

@@ -20,8 +20,11 @@ from benchmarks.methods.studies import Study
 from benchmarks.methods.table import row_of
 from benchmarks.methods.texts import Material
 from lift_ds.evaluation import command as evaluation
+from lift_ds.evaluation import harness
 from lift_ds.training import main as training
 from lift_ds.training.record import RECORD
+
+assert harness  # evaluation imports it when it is used; imported here, no forked run has to
 
 _REPOSITORY = Path(__file__).parents[2]
 

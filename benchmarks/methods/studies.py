@@ -81,11 +81,11 @@ class Study:
     flags: tuple[str, ...] = ()
     evaluation: tuple[str, ...] = ("--batch_size", "32")
     extensions: int = 1
-    texts: int = 60
-    window: int = 1200
-    prompts: int = 60
+    texts: int = 24
+    window: int = 1000
+    prompts: int = 40
     commonsense: tuple[str, ...] = ()
-    limit: int = 100
+    limit: int = 50
 
     def task(self, name: str) -> Task:
         """Return the task of a name."""
@@ -98,7 +98,7 @@ class Study:
 
 #: As many entries as a LoRA of this rank has: in SmolLM2-135M about 5% of each matrix.
 _RANK = "17"
-_LIFT = ("--method", "lift", "--budget_rank", _RANK, "--lra_rank", "128", "--refresh_interval", "50")
+_LIFT = ("--method", "lift", "--budget_rank", _RANK, "--lra_rank", "128", "--refresh_interval", "10")
 _LORA = ("--method", "lora", "--lora_rank", _RANK)
 
 _DENSE_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
@@ -127,8 +127,8 @@ SKILL = Study(
     name="skill",
     tasks=(
         Task(
-            "addition", source="addition", test_file=None, train_rows=800, validation_rows=100, test_rows=200,
-            longest=1000, steps=100, batch=8, max_length=160, new_tokens=90,
+            "addition", source="addition", test_file=None, train_rows=320, validation_rows=64, test_rows=100,
+            longest=1000, steps=40, batch=8, max_length=160, new_tokens=90,
         ),
     ),
     methods=_METHODS,
@@ -142,8 +142,8 @@ MATH = Study(
     name="math",
     tasks=(
         Task(
-            "math", source="math", test_file="svamp_test.json", train_rows=800, validation_rows=100, test_rows=200,
-            longest=400, steps=100, batch=8, max_length=200, new_tokens=160,
+            "math", source="math", test_file="svamp_test.json", train_rows=320, validation_rows=64, test_rows=100,
+            longest=400, steps=40, batch=8, max_length=200, new_tokens=160,
         ),
     ),
     methods=_METHODS,
@@ -163,7 +163,7 @@ SMOKE = Study(
         ),
     ),
     methods=(
-        Method("full", ("--method", "full"), (1e-3, 3e-3)),
+        Method("full", ("--method", "full"), (3e-3,)),
         Method("lift", ("--budget_rank", "2", "--lra_rank", "4", "--refresh_interval", "2"), (3e-3,)),
     ),
     tuning_seed=0,

@@ -49,7 +49,7 @@ def read(arguments: list[str]) -> tuple[EvaluationRequest, str | None]:
     Raises:
         ValueError: an argument cannot be used.
     """
-    given = vars(_parser().parse_args(arguments))
+    given = vars(make_parser().parse_args(arguments))
     output = given.pop("output")
     given["tasks"] = [name.strip() for part in given["tasks"] for name in part.split(",") if name.strip()]
     if given["kl_on"] and given["base"] is None:
@@ -65,7 +65,8 @@ def read(arguments: list[str]) -> tuple[EvaluationRequest, str | None]:
     return EvaluationRequest(**settings), output
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
     default = {field.name: field.default for field in dataclasses.fields(EvaluationRequest)}
     parser = argparse.ArgumentParser(
         prog="lift-ds evaluate",

@@ -13,6 +13,7 @@ import lm_eval
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from lm_eval.api.group import Group
+from lm_eval.config.group import GroupConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -103,26 +104,34 @@ def _asked_tasks(request: EvaluationRequest) -> list[Any]:
     """Load the tasks and groups that a request names, on its data."""
     if not request.tasks:
         return []
-    manager = _manager(request.tasks)
+    manager = _manager(request.tasks, is_local=request.data is not None)
     return [part for name in request.tasks for part in _loaded(manager, name, request)]
 
 
-def _manager(names: Sequence[str]) -> TaskManager:
+def _manager(names: Sequence[str], *, is_local: bool) -> TaskManager:
     """Return the harness's index of the tasks that are named.
+
+    Args:
+        names: of tasks and groups.
+        is_local: they are to run on local data, which further tasks of the harness have no form for.
 
     Raises:
         ValueError: a name is unknown.
     """
     folder = Path(lm_eval.tasks.__file__).parent
-    own = {path.stem for path in _OWN.glob(f"{_PREFIX}*.yaml")}
-    if set(names) <= own | STOCK.keys():
-        return TaskManager(
-            include_path=[_OWN, *{folder / STOCK[name] for name in names if name in STOCK}], include_defaults=False
-        )
+    known = {path.stem for path in _OWN.glob(f"{_PREFIX}*.yaml")} | STOCK.keys()
+    further = [name for name in names if name not in known]
+    for name in further:
+        if is_local or name.startswith(_PREFIX):
+            where = " that has a form for local data" if is_local else ""
+            raise ValueError(f"--tasks: there is no task or group {name!r}{where}{did_you_mean(name, known)}")
+    if not further:
+        folders = {folder / STOCK[name] for name in names if name in STOCK}
+        return TaskManager(include_path=[_OWN, *folders], include_defaults=False)
     manager = TaskManager(include_path=_OWN)
-    for name in names:
+    for name in further:
         if name not in manager.all_tasks:
-            hint = did_you_mean(name, [*own, *STOCK]) or did_you_mean(name, manager.all_tasks)
+            hint = did_you_mean(name, known) or did_you_mean(name, manager.all_tasks)
             raise ValueError(f"--tasks: there is no task or group {name!r}{hint}")
     return manager
 
@@ -131,13 +140,17 @@ def _loaded(manager: TaskManager, name: str, request: EvaluationRequest) -> list
     """Load one task or group, on local data where a folder is named."""
     if request.data is None:
         return _by_name(manager, name)
-    entry = manager.task_index[name]
-    if name.startswith(_PREFIX) and name in manager.all_groups:
-        members = [_on_local_data(manager, member, Path(request.data)) for member in entry.cfg["task"]]
-        return [manager.load([{**entry.cfg, "task": members}])["groups"][name]]
+    settings = manager.task_index[name].cfg
+    names = settings["task"] if name in manager.all_groups else [name]
     # Only a member of a group can be given other settings than those of its file.
-    one = {"group": "one", "task": [_on_local_data(manager, name, Path(request.data))]}
-    return list(manager.load([one])["tasks"].values())
+    members = [_on_local_data(manager, member, Path(request.data)) for member in names]
+    tasks = list(manager.load([{"group": "members", "task": members}])["tasks"].values())
+    if name not in manager.all_groups:
+        return tasks
+    group = Group.from_config(GroupConfig(**settings))
+    for task in tasks:
+        group.add(task)
+    return [group]
 
 
 def _by_name(manager: TaskManager, name: str) -> list[Any]:
@@ -157,9 +170,6 @@ def _on_local_data(manager: TaskManager, name: str, folder: Path) -> Spec:
     if name in wording.STOCK:
         rows = local.stock_rows(local.find_file(folder, name), name)
         return {"task": name, "training_split": None, **_data(rows)}
-    if not name.startswith(_PREFIX):
-        valid = ", ".join(sorted(wording.STOCK))
-        raise ValueError(f"--tasks {name} has no local form; with --data take one of {valid} or of {_PREFIX}...")
     path = local.find_file(folder, name.removeprefix(_PREFIX))
     return {"task": name, **_data(local.instruction_rows(path, _CHECKS[_scored_by(manager, name)]))}
 

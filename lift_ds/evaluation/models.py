@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,10 @@ def _load_model(name: str, dtype: str) -> PreTrainedModel:
 
 
 def _pretrained(name: str, dtype: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:  # transformers draws them at random and goes on
+        raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
+    return model
 
 
 def _adapter(folder: Path, dtype: str) -> PreTrainedModel:
@@ -87,7 +91,11 @@ def _adapter(folder: Path, dtype: str) -> PreTrainedModel:
     if base is None:
         raise ValueError(f"its {_ADAPTER} names no base model")
     model = _pretrained(base, dtype)
-    model.load_adapter(str(folder))
+    if model.load_adapter(str(folder)).missing_keys:
+        raise ValueError(
+            "its adapter holds not all tensors, as in the checkpoints of ZeRO stage 3; name the folder that training "
+            "has saved at its end, or train in another stage"
+        )
     return model
 
 
@@ -103,14 +111,16 @@ def _sharded(folder: Path, dtype: str) -> PreTrainedModel:
     # Needs DeepSpeed, which nothing else here does.
     from lift_ds.zero.plain_weights import plain_state_dict
 
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it reads
+        weights = plain_state_dict(str(folder))
     config = AutoConfig.from_pretrained(folder)
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=kind)
-    missing, unexpected = model.load_state_dict(plain_state_dict(str(folder)), strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    tied = getattr(model, "all_tied_weights_keys", {})
-    if unexpected or set(missing) - set(tied):
-        raise ValueError(f"its weights do not fit its config.json: {[*unexpected, *missing][0]} is not in both")
+    odd = [*unexpected, *(set(missing) - set(model.all_tied_weights_keys))]
+    if odd:
+        raise ValueError(f"its weights do not fit its config.json: {odd[0]} is in one of them alone")
     return model
 
 

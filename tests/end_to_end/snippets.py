@@ -46,6 +46,9 @@ AFTER = {
 #: Blocks that DeepSpeed's ranks run.
 DISTRIBUTED = {"README.md:deepspeed", "docs/your_own_script.md:deepspeed", "docs/your_own_script.md:bind"}
 
+#: Blocks that train nothing.
+NOT_TRAINING = {"docs/your_own_script.md:config", "docs/evaluation.md:evaluate"}
+
 
 def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": tokens, "labels": tokens} for tokens in map(cases.token_batch, range(3))]
@@ -76,6 +79,10 @@ def begun(block: Block, names: dict[str, Any]) -> dict[str, Any]:
         }
         exec("import lift_ds", names)
         return names
+    if block.page == "docs/evaluation.md":
+        Path("skill.json").write_text(json.dumps([{"instruction": "t2 t3", "answer": "4"}]))
+        Path("held_out.json").write_text(json.dumps([{"prompt": "t2 t3", "completion": "t4"}]))
+        return names | {"model": transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])}
     exec(config_of(block.page), names)
     if block.name == "class":
         model = transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])
@@ -105,13 +112,11 @@ def execute(block: Block, folder: Path) -> None:
         text = re.sub(r"(DPO|GRPO)Config\(", r"\1Config(use_cpu=True, output_dir=", text)
     exec(compile(text, str(block), "exec"), names)
     exec(AFTER.get(str(block), ""), names)
-    Path("trained.json").write_text(json.dumps(trained(names)))
+    Path("trained.json").write_text(json.dumps({} if str(block) in NOT_TRAINING else trained(names)))
 
 
 def trained(names: dict[str, Any]) -> dict[str, Any]:
     """Count the entries that differ from the base: of the saved model where there is one, else of the one in memory."""
-    if "model" not in names:
-        return {}
     model = names["model"]
     model = getattr(model, "module", model)
     saved = Path("tuned/model.safetensors")

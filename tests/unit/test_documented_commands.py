@@ -18,6 +18,7 @@ from pages import PAGES, REPOSITORY, blocks
 from benchmarks.methods.command import parse_arguments as parse_methods
 from benchmarks.scaling.command import make_parser as make_study_parser
 from lift_ds import cli, universal
+from lift_ds.evaluation.command import make_parser as make_evaluate_parser
 from lift_ds.training.arguments import make_parser as make_train_parser
 
 #: Programs that are not this project's.
@@ -71,6 +72,8 @@ def check_make(arguments: list[str]) -> None:
 def check_lift_ds(arguments: list[str]) -> None:
     if arguments[0] == "train":
         check_training(arguments[1:])
+    elif arguments[0] == "evaluate":
+        assert make_evaluate_parser().parse_args(arguments[1:])
     else:
         assert cli.main(arguments) == 0
 

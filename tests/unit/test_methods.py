@@ -194,6 +194,11 @@ def test_the_answers_and_steps_of_a_skill_are_right(name: str, solve: Any) -> No
         sums = re.findall(r"(\d+(?: [-+*] \d+)+) = (\d+)", row["output"])
         assert sums
         assert all(eval(left) == int(right) for left, right in sums)
+        results = [right for _, right in sums]
+        if name == "addition":  # a sum for each digit, from the last one on
+            assert results[-1] + "".join(digit[-1] for digit in reversed(results[:-1])) == row["answer"]
+        else:
+            assert results[-1] == row["answer"]
 
 
 def test_a_skill_without_so_many_questions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
