@@ -116,35 +116,41 @@ def _tuned(study: Study, task: Task, method: Method, rows: Iterable[Row]) -> dic
 
 
 def cells_of(study: Study, rows: Sequence[Row]) -> list[Cell]:
-    """Return the cells that are known by now, in the order to run them: the base, tuning runs, counted runs.
+    """Return the cells that are known by now, in the order to run them: the base; the tuning runs and then the counted
+    ones of methods with all seeds; the same of methods with fewer.
 
     Args:
         study: what is compared.
         rows: of the runs so far.
     """
-    return [*_bases(study), *_tuning(study, rows), *_counted(study, rows)]
+    main = [method for method in study.methods if method.seeds is None]
+    further = [method for method in study.methods if method.seeds is not None]
+    return [
+        *_bases(study),
+        *(cell for group in (main, further) for part in (_tuning, _counted) for cell in part(study, group, rows)),
+    ]
 
 
 def _bases(study: Study) -> list[Cell]:
     return [Cell(study.name, phase, task.name, BASE) for task in study.tasks for phase in (TUNE, COUNT)]
 
 
-def _tuning(study: Study, rows: Sequence[Row]) -> list[Cell]:
+def _tuning(study: Study, methods: Sequence[Method], rows: Sequence[Row]) -> list[Cell]:
     return [
         Cell(study.name, TUNE, task.name, method.name, rate, study.tuning_seed)
         for task in study.tasks
-        for method in study.methods
+        for method in methods
         for rate in rates_of(study, task, method, rows)
     ]
 
 
-def _counted(study: Study, rows: Sequence[Row]) -> list[Cell]:
-    chosen = [(task, method, choose(study, task, method, rows)) for task in study.tasks for method in study.methods]
+def _counted(study: Study, methods: Sequence[Method], rows: Sequence[Row]) -> list[Cell]:
+    chosen = [(task, method, choose(study, task, method, rows)) for task in study.tasks for method in methods]
     return [
         Cell(study.name, COUNT, task.name, method.name, choice.rate, seed)
         for seed in study.counted_seeds  # the outermost, so that what has run at any moment is a comparison
         for task, method, choice in chosen
-        if choice is not None
+        if choice is not None and seed in study.counted_seeds[: method.seeds]
     ]
 
 

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 when the table has cells that failed; 2 for settings that cannot be used.
     """
     args = parse_arguments(arguments)
-    study, output = STUDIES[args.study], args.output.absolute()
+    study, output = STUDIES[args.study], args.output
     with ExitStack() as held:
         try:
             rows = read_rows(output / TABLE)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, study: Study, output: Path, rows: list[Row]) -
     if not (args.model / "config.json").is_file():
         raise ValueError(f"--model {args.model}: there is no config.json; give the folder of a pretrained model")
     material = write_material(study, args.data, output / "data")
-    runs = Runs(study, args.model.absolute(), args.data.absolute(), output, material)
+    runs = Runs(study, args.model, args.data, output, material)
     check_commands(runs, rows)
     began, attempted, ran = time.monotonic(), set[Cell](), 0
     while True:

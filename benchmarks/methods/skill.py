@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods.skill addition --rows 1000 --seed 0 --output rows.json
 
-A row is {"instruction", "input" (empty), "output", "answer"}. The output shows the steps; its last number is the
-answer. The parts of a split share no question.
+A row is {"instruction", "input" (empty), "output", "answer"}, or {"prompt", "completion", "answer"}. The output, or
+completion, shows the steps; its last number is the answer. The parts of a split share no question.
 """
 
 from __future__ import annotations
@@ -52,29 +52,32 @@ def units(draw: random.Random) -> Row:
     return _row(question, steps, 60 * whole + minutes)
 
 
-def dates(draw: random.Random) -> Row:
-    """Count the days between two dates of one year that is no leap year."""
-    first, second = sorted(draw.sample(range(1, 366), 2))
-    (name, day, before), (later_name, later_day, later_before) = (_month_and_day(place) for place in (first, second))
-    question = f"In a year that is no leap year, how many days after {name} {day} is {later_name} {later_day}?"
-    steps = (
-        f"{name} {day} is day {before} + {day} = {first}. {later_name} {later_day} is day {later_before} + {later_day} "
-        f"= {second}. {second} - {first} = {second - first}."
-    )
-    return _row(question, steps, second - first)
+def later_date(draw: random.Random) -> Row:
+    """Say which date comes some days after another one, in a year that is no leap year. The prompt has no frame."""
+    month = draw.randrange(12)
+    (name, days), (next_name, _) = _MONTHS[month], _MONTHS[(month + 1) % 12]
+    day, later = draw.randint(1, days), draw.randint(5, 28)
+    total = day + later
+    steps, answer = f"{day} + {later} = {total}. {name} has {days} days.", f"{name} {total}"
+    if total > days:
+        steps, answer = f"{steps} {total} - {days} = {total - days}.", f"{next_name} {total - days}"
+    return {
+        "prompt": f"Which date is {later} days after {name} {day}?\n",
+        "completion": f"{steps} The answer is {answer}.",
+        "answer": answer.split()[1],
+    }
 
 
-def _month_and_day(place: int) -> tuple[str, int, int]:
-    """Return month, day, and the days before that month, of a day of the year from 1 on."""
-    before = 0
-    for name, days in _MONTHS:
-        if place <= before + days:
-            return name, place - before, before
-        before += days
-    raise AssertionError(place)
+SKILLS: dict[str, Callable[[random.Random], Row]] = {
+    "addition": addition,
+    "units": units,
+    "later_date": later_date,
+}
 
 
-SKILLS: dict[str, Callable[[random.Random], Row]] = {"addition": addition, "units": units, "dates": dates}
+def question_of(row: Row) -> str:
+    """Return what a row asks."""
+    return row.get("prompt") or row["instruction"]
 
 
 def rows_of(skill: str, count: int, seed: int) -> list[Row]:
@@ -93,10 +96,11 @@ def rows_of(skill: str, count: int, seed: int) -> list[Row]:
     draw, found, in_vain = random.Random(f"{skill} {seed}"), dict[str, Row](), 0
     while len(found) < count:
         row = SKILLS[skill](draw)
-        in_vain = in_vain + 1 if row["instruction"] in found else 0
+        question = question_of(row)
+        in_vain = in_vain + 1 if question in found else 0
         if in_vain > 1000:
             raise ValueError(f"--rows {count}: of the skill {skill!r} no more than {len(found)} questions were found")
-        found.setdefault(row["instruction"], row)
+        found.setdefault(question, row)
     return list(found.values())
 
 
@@ -122,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {args.output}: {len(rows)} rows, the first:\n{rows[0]['instruction']}\n{rows[0]['output']}")
+    print(f"written to {args.output}: {len(rows)} rows, the first:\n{json.dumps(rows[0], indent=1)}")
     return 0
 
 

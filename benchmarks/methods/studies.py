@@ -13,11 +13,13 @@ class Method:
         name: in tables.
         flags: of `lift-ds train`.
         learning_rates: that are tried, ascending; of the series 1, 3, 10, 30, ...
+        seeds: how many of the study's counted seeds, the first ones; None for all. Those with all come first.
     """
 
     name: str
     flags: tuple[str, ...]
     learning_rates: tuple[float, ...]
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,45 +98,70 @@ class Study:
         return next(method for method in self.methods if method.name == name)
 
 
-#: As many entries as a LoRA of this rank has: in SmolLM2-135M about 5% of each matrix.
-_RANK = "17"
-_LIFT = ("--method", "lift", "--budget_rank", _RANK, "--lra_rank", "128", "--refresh_interval", "10")
+#: As many entries as a LoRA of this rank has: in SmolLM2-135M 4.9% of the managed ones. LIFT_MLP has as many in all.
+_RANK, _RANK_MLP = "17", "27"
+_DENSE_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
+_SPARSE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+#: Of methods that are beside the point: two rates around the middle of the others' grids, and two counted seeds.
+_FEWER_RATES, _FEWER_SEEDS = (3e-4, 1e-3), 2
+
+
+def _lift(*flags: str, budget: tuple[str, str] = ("--budget_rank", _RANK), rank: int = 128) -> tuple[str, ...]:
+    return ("--method", "lift", *budget, "--lra_rank", str(rank), *flags)
+
+
+_EVERY_20 = ("--refresh_interval", "20")
+_NEVER = ("--refresh_interval", "1000000")
 _LORA = ("--method", "lora", "--lora_rank", _RANK)
 
-_DENSE_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
-_FEW_ENTRIES_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-
-FULL = Method("full", ("--method", "full"), _DENSE_RATES)
-LORA = Method("lora", _LORA, _FEW_ENTRIES_RATES)
-RSLORA = Method("rslora", (*_LORA, "--use_rslora", "true"), _FEW_ENTRIES_RATES)
-DORA = Method("dora", (*_LORA, "--use_dora", "true"), _FEW_ENTRIES_RATES)
-LIFT = Method("lift", _LIFT, _FEW_ENTRIES_RATES)
-LIFT_MLP = Method("lift_mlp", (*_LIFT, "--target_modules", "LIFT_MLP"), _FEW_ENTRIES_RATES)
-LIFT_BLOCKS = Method("lift_blocks", (*_LIFT, "--block_shape", "4", "4"), _FEW_ENTRIES_RATES)
-MAGNITUDE, RANDOM, SMALLEST, GRADIENT = (
-    Method(criterion, (*_LIFT, "--criterion", criterion), _FEW_ENTRIES_RATES)
-    for criterion in ("magnitude", "random", "smallest", "gradient")
+MAIN = (
+    Method("full", ("--method", "full"), _DENSE_RATES),
+    Method("lora", _LORA, _SPARSE_RATES),
+    Method("lift", _lift(*_EVERY_20), _SPARSE_RATES),
+    Method("magnitude", _lift(*_EVERY_20, "--criterion", "magnitude"), _SPARSE_RATES),
+    Method("random", _lift(*_EVERY_20, "--criterion", "random"), _SPARSE_RATES),
 )
 
-_METHODS = (FULL, LORA, LIFT, MAGNITUDE, RANDOM, RSLORA, DORA, SMALLEST, GRADIENT, LIFT_MLP, LIFT_BLOCKS)
+FURTHER = tuple(
+    Method(name, flags, _FEWER_RATES, _FEWER_SEEDS)
+    for name, flags in {
+        "smallest": _lift(*_EVERY_20, "--criterion", "smallest"),
+        "lift_no_refresh": _lift(*_NEVER),
+        "lift_rank_8": _lift(*_EVERY_20, rank=8),
+        "lift_mlp": _lift(*_EVERY_20, "--target_modules", "LIFT_MLP", budget=("--budget_rank", _RANK_MLP)),
+        "lift_blocks": _lift(*_EVERY_20, "--block_shape", "4", "4"),
+        "lift_1_percent": _lift(*_EVERY_20, budget=("--density", "0.01")),
+        "lift_20_percent": _lift(*_EVERY_20, budget=("--density", "0.2")),
+        "rslora": (*_LORA, "--use_rslora", "true"),
+        "dora": (*_LORA, "--use_dora", "true"),
+    }.items()
+)
 
-#: In float32 the saved model is the trained one; nothing is rounded.
-_FLAGS = ("--bf16", "false", "--gradient_checkpointing", "false")
-
+#: bf16 weights with a float32 master, as on a GPU; the trained model is saved in float32, so that merging adapters
+#: rounds nothing, and evaluated in it.
+_FLAGS = (
+    *("--deepspeed", "ds_configs/lift_zero2.json", "--bf16", "true", "--gradient_accumulation_steps", "1"),
+    *("--gradient_checkpointing", "false"),
+)
+_EVALUATION = ("--dtype", "float32", "--batch_size", "50")
 _COMMONSENSE = ("arc_easy", "piqa")
 
 SKILL = Study(
     name="skill",
     tasks=(
         Task(
-            "addition", source="addition", test_file=None, train_rows=320, validation_rows=64, test_rows=100,
-            longest=1000, steps=40, batch=8, max_length=160, new_tokens=90,
+            "dates", source="later_date", test_file=None, train_rows=400, validation_rows=100, test_rows=200,
+            longest=1000, steps=50, batch=8, max_length=96, new_tokens=44,
         ),
     ),
-    methods=_METHODS,
+    methods=(*MAIN, *FURTHER),
     tuning_seed=0,
     counted_seeds=(1, 2, 3, 4),
     flags=_FLAGS,
+    evaluation=_EVALUATION,
+    texts=40,
+    window=600,
+    prompts=40,
     commonsense=_COMMONSENSE,
 )  # fmt: skip
 
@@ -142,14 +169,18 @@ MATH = Study(
     name="math",
     tasks=(
         Task(
-            "math", source="math", test_file="svamp_test.json", train_rows=320, validation_rows=64, test_rows=100,
-            longest=400, steps=40, batch=8, max_length=200, new_tokens=160,
+            "math", source="math", test_file="svamp_test.json", train_rows=400, validation_rows=100, test_rows=200,
+            longest=300, steps=50, batch=8, max_length=200, new_tokens=100,
         ),
     ),
-    methods=_METHODS,
+    methods=MAIN,
     tuning_seed=0,
     counted_seeds=(1, 2, 3, 4),
     flags=_FLAGS,
+    evaluation=_EVALUATION,
+    texts=40,
+    window=600,
+    prompts=40,
     commonsense=_COMMONSENSE,
 )  # fmt: skip
 
@@ -168,7 +199,7 @@ SMOKE = Study(
     ),
     tuning_seed=0,
     counted_seeds=(1, 2),
-    flags=_FLAGS,
+    flags=("--bf16", "false", "--gradient_checkpointing", "false"),
     extensions=0,
     texts=2,
     window=100,
