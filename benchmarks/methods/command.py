@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measure.tables import FAILED, OK, Row, alone_in, write_rows
 from benchmarks.methods.cells import BASE, Cell, cell_of, cells_of, choose, left_to_do
+from benchmarks.methods.forked import end_with
 from benchmarks.methods.plots import draw_all
 from benchmarks.methods.report import write_report
 from benchmarks.methods.studies import STUDIES, Study
@@ -44,11 +48,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--data", type=Path, required=True, help="folder with commonsense_train.json and the data of the tasks")
     add("--output", type=Path, required=True, help="folder for the table, the report, the plots and the logs")
     add("--only", default="*", metavar="PATTERN", help="run the cells whose name fits: lift, or 'tune-*-lora-*'")
+    add("--at_once", type=_at_least_1, default=1, metavar="N", help="runs at a time (1)")
     add("--budget_seconds", type=float, metavar="S", help="start no run after so many seconds")
     add("--retry", action="store_true", help="run the cells again that failed before")
     add("--list", action="store_true", help="show the cells, and run nothing")
     add("--report", action="store_true", help="write the report and the plots anew, and run nothing")
     return parser.parse_args(arguments)
+
+
+def _at_least_1(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,23 +127,33 @@ def run(args: argparse.Namespace, study: Study, output: Path, rows: list[Row]) -
     runs = Runs(study, args.model, args.data, output, material)
     check_commands(runs, rows)
     began, attempted, ran = time.monotonic(), set[Cell](), 0
-    while True:
-        todo = left_to_do(cells_of(study, rows), rows, retry=args.retry, only=args.only)
-        todo = [cell for cell in todo if cell not in attempted]
-        if not todo:
-            print("nothing left to run" if not ran else f"ran {ran}")
-            return rows
-        if args.budget_seconds is not None and time.monotonic() - began > args.budget_seconds:
-            print(f"--budget_seconds {args.budget_seconds:g} are over: ran {ran}; {len(todo)} known cells are left")
-            return rows
-        cell = todo[0]
-        attempted.add(cell)
-        print(f"[{len(rows) + 1}, {len(todo)} known cells are left] {cell.name}", end=": ", flush=True)
-        row = runs.run(cell)
-        rows = with_rises(with_row(rows, row))
-        write_rows(output / TABLE, COLUMNS, rows)
-        ran += 1
-        print(said(row), flush=True)
+    under_way: dict[Future[Row], Cell] = {}
+
+    def may_start() -> bool:
+        return args.budget_seconds is None or time.monotonic() - began <= args.budget_seconds
+
+    with ProcessPoolExecutor(args.at_once, get_context("fork"), initializer=end_with, initargs=(os.getpid(),)) as pool:
+        while True:
+            known = left_to_do(cells_of(study, rows), rows, retry=args.retry, only=args.only)
+            todo = [cell for cell in known if cell not in attempted]
+            for cell in todo[: args.at_once - len(under_way)] if may_start() else []:
+                attempted.add(cell)
+                under_way[pool.submit(runs.run, cell)] = cell
+            if not under_way:
+                print(_ending(ran, todo, args.budget_seconds))
+                return rows
+            for done in wait(under_way, return_when=FIRST_COMPLETED).done:
+                row = done.result() | {"at_once": args.at_once}
+                rows = with_rises(with_row(rows, row))
+                write_rows(output / TABLE, COLUMNS, rows)
+                ran += 1
+                print(f"[{len(rows)}] {under_way.pop(done).name}: {said(row)}", flush=True)
+
+
+def _ending(ran: int, todo: Sequence[Cell], budget_seconds: float | None) -> str:
+    if todo:
+        return f"--budget_seconds {budget_seconds:g} are over: ran {ran}; {len(todo)} known cells are left"
+    return f"ran {ran}" if ran else "nothing left to run"
 
 
 def said(row: Row) -> str:

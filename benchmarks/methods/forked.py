@@ -60,14 +60,23 @@ def run_forked(body: Callable[[], int | None], log: Path) -> Ended:
     return Ended(os.waitstatus_to_exitcode(status), 1024 * usage.ru_maxrss, lines[-1] if lines else "no output")
 
 
+def end_with(parent: int) -> None:
+    """Have this process end when the one that started it does.
+
+    Args:
+        parent: its process id.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def _leave(body: Callable[[], int | None], log: Path, parent: int) -> NoReturn:
     """Run the body with its output in a file, and end this process with its exit code."""
     code: object = 1
     try:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        end_with(parent)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)

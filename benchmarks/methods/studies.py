@@ -110,28 +110,28 @@ def _lift(*flags: str, budget: tuple[str, str] = ("--budget_rank", _RANK), rank:
     return ("--method", "lift", *budget, "--lra_rank", str(rank), *flags)
 
 
-_EVERY_20 = ("--refresh_interval", "20")
+_REFRESHED = ("--refresh_interval", "15")
 _NEVER = ("--refresh_interval", "1000000")
 _LORA = ("--method", "lora", "--lora_rank", _RANK)
 
 MAIN = (
     Method("full", ("--method", "full"), _DENSE_RATES),
     Method("lora", _LORA, _SPARSE_RATES),
-    Method("lift", _lift(*_EVERY_20), _SPARSE_RATES),
-    Method("magnitude", _lift(*_EVERY_20, "--criterion", "magnitude"), _SPARSE_RATES),
-    Method("random", _lift(*_EVERY_20, "--criterion", "random"), _SPARSE_RATES),
+    Method("lift", _lift(*_REFRESHED), _SPARSE_RATES),
+    Method("magnitude", _lift(*_REFRESHED, "--criterion", "magnitude"), _SPARSE_RATES),
+    Method("random", _lift(*_REFRESHED, "--criterion", "random"), _SPARSE_RATES),
 )
 
 FURTHER = tuple(
     Method(name, flags, _FEWER_RATES, _FEWER_SEEDS)
     for name, flags in {
-        "smallest": _lift(*_EVERY_20, "--criterion", "smallest"),
+        "smallest": _lift(*_REFRESHED, "--criterion", "smallest"),
         "lift_no_refresh": _lift(*_NEVER),
-        "lift_rank_8": _lift(*_EVERY_20, rank=8),
-        "lift_mlp": _lift(*_EVERY_20, "--target_modules", "LIFT_MLP", budget=("--budget_rank", _RANK_MLP)),
-        "lift_blocks": _lift(*_EVERY_20, "--block_shape", "4", "4"),
-        "lift_1_percent": _lift(*_EVERY_20, budget=("--density", "0.01")),
-        "lift_20_percent": _lift(*_EVERY_20, budget=("--density", "0.2")),
+        "lift_rank_8": _lift(*_REFRESHED, rank=8),
+        "lift_mlp": _lift(*_REFRESHED, "--target_modules", "LIFT_MLP", budget=("--budget_rank", _RANK_MLP)),
+        "lift_blocks": _lift(*_REFRESHED, "--block_shape", "4", "4"),
+        "lift_1_percent": _lift(*_REFRESHED, budget=("--density", "0.01")),
+        "lift_20_percent": _lift(*_REFRESHED, budget=("--density", "0.2")),
         "rslora": (*_LORA, "--use_rslora", "true"),
         "dora": (*_LORA, "--use_dora", "true"),
     }.items()
@@ -150,8 +150,8 @@ SKILL = Study(
     name="skill",
     tasks=(
         Task(
-            "dates", source="later_date", test_file=None, train_rows=400, validation_rows=100, test_rows=200,
-            longest=1000, steps=50, batch=8, max_length=96, new_tokens=44,
+            "dates", source="later_date", test_file=None, train_rows=320, validation_rows=100, test_rows=200,
+            longest=1000, steps=40, batch=8, max_length=96, new_tokens=44,
         ),
     ),
     methods=(*MAIN, *FURTHER),
@@ -159,18 +159,19 @@ SKILL = Study(
     counted_seeds=(1, 2, 3, 4),
     flags=_FLAGS,
     evaluation=_EVALUATION,
-    texts=40,
-    window=600,
-    prompts=40,
+    texts=24,
+    window=400,
+    prompts=24,
     commonsense=_COMMONSENSE,
+    limit=60,
 )  # fmt: skip
 
 MATH = Study(
     name="math",
     tasks=(
         Task(
-            "math", source="math", test_file="svamp_test.json", train_rows=400, validation_rows=100, test_rows=200,
-            longest=300, steps=50, batch=8, max_length=200, new_tokens=100,
+            "math", source="math", test_file="svamp_test.json", train_rows=320, validation_rows=100, test_rows=200,
+            longest=300, steps=40, batch=8, max_length=200, new_tokens=100,
         ),
     ),
     methods=MAIN,
@@ -178,10 +179,11 @@ MATH = Study(
     counted_seeds=(1, 2, 3, 4),
     flags=_FLAGS,
     evaluation=_EVALUATION,
-    texts=40,
-    window=600,
-    prompts=40,
+    texts=24,
+    window=400,
+    prompts=24,
     commonsense=_COMMONSENSE,
+    limit=60,
 )  # fmt: skip
 
 #: Whether everything works, in a minute, on a model as small as one likes; it says nothing of the methods.

@@ -20,7 +20,7 @@ COLUMNS: dict[str, type] = {
     "exact_match": float, "target_loss": float, "general_loss": float, "general_loss_rise": float, "divergence": float,
     "commonsense": float, **dict.fromkeys(COMMONSENSE, float),
     "steps": int, "tokens": int, "trained_entries": int, "first_loss": float,
-    "training_seconds": float, "training_peak_bytes": int, "training_peak_device_bytes": int,
+    "at_once": int, "training_seconds": float, "training_peak_bytes": int, "training_peak_device_bytes": int,
     "evaluation_seconds": float, "evaluation_peak_bytes": int,
     "device": str, "cpu": str, "cores": int, "python": str, "torch": str, "transformers": str, "peft": str,
     "lm_eval": str, "commit": str, "date": str, "command": str, "evaluation": str,

@@ -113,11 +113,15 @@ def test_a_model_of_known_words_has_known_scores(tmp_path: Path) -> None:
     assert {sample["given"][0] for sample in samples} == {"42"}
 
 
-def test_letters_and_labels_are_scored_and_a_group_is_the_plain_mean_of_its_sets(tmp_path: Path) -> None:
+def test_letters_words_and_labels_are_scored_and_a_group_is_the_plain_mean_of_its_sets(tmp_path: Path) -> None:
     """Sets of one and of four rows weigh the same in their group."""
     written(tmp_path / "aqua_test.json", [asked("?", "B"), asked("?", "C")])
     request = EvaluationRequest(tasks=("lift_aqua",), data=str(tmp_path))
     assert accuracy(evaluate(request, model=speaker("B"), tokenizer=TOKENIZER), "lift_aqua") == 0.5
+
+    words = written(tmp_path / "words.json", [asked("?", "true"), asked("?", "rue"), asked("?", "2")])
+    result = evaluate(EvaluationRequest(rows=(str(words),)), model=speaker("true"), tokenizer=TOKENIZER)
+    assert accuracy(result, "words") == pytest.approx(1 / 3)  # the text that is the answer, not one that holds it
 
     question = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
     yes, no = asked(question, "true"), asked(question, "false")
