@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lift_ds.config import LiftConfig
 from lift_ds.model.attach import attach, detach
 from lift_ds.optimizer import LiftAdamW
+from lift_ds.refresh.gradients import select_by_gradients
 from lift_ds.refresh.report import RefreshReport, refreshes
 from lift_ds.selection import principal_indices
 
@@ -31,6 +32,7 @@ __all__ = [
     "initialize",
     "principal_indices",
     "refreshes",
+    "select_by_gradients",
 ]
 
 #: Name -> the module that has it.

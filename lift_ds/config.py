@@ -26,7 +26,7 @@ TARGET_PRESETS: dict[str, tuple[str, ...]] = {
 SOLVERS = ("auto", "svd", "gram", "chebyshev")
 
 #: By which score entries are selected: see lift_ds/selection/criteria.py, which adds those that are registered there.
-CRITERIA = ["principal", "magnitude", "smallest", "random"]
+CRITERIA = ["principal", "magnitude", "smallest", "random", "gradient"]
 
 #: Share of a selection in which the solver "chebyshev" may differ from the exact ones.
 SELECTION_TOLERANCE = 0.005
@@ -148,7 +148,11 @@ class LiftConfig:
         f"Which entries are trained: {', '.join(CRITERIA)}",
         '`"principal"`: the largest of the low-rank approximation, which is LIFT. `"magnitude"`: the largest of the '
         'matrix itself. `"smallest"`: the smallest of the approximation. `"random"`: drawn by the seed, the same ones '
-        "at every refresh. You can add one: see [Criteria](#criteria-which-entries).",
+        'at every refresh. `"gradient"`: the largest mean |dL/dW| of some batches. You can add '
+        "one: see [Criteria](#criteria-which-entries).",
+    )
+    gradient_batches: int = _setting(
+        4, _whole(1), "Batches on which the criterion gradient measures gradients, where a Trainer gives them"
     )
     lra_rank: int = _setting(
         128,

@@ -10,7 +10,7 @@ Nothing here is fast or shared with the rest of the package; everything else is 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -95,19 +95,30 @@ class ReferenceLift:
     Args:
         weights: name -> [m, n] leaf tensors that require grad; trained in place.
         config: budget, rank, blocks, schedule and Adam's settings; `solver` is not read, the SVD is the definition.
+        gradients: measures mean |dL/dW| of all weights as they are, for the criterion gradient.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], config: LiftConfig) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        config: LiftConfig,
+        gradients: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
         self.weights = dict(weights)
+        self.gradients = gradients
         self.config = config
         self.steps = 0
         self.exp_avg = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.exp_avg_sq = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self.masks = {name: self._select(name) for name in self.weights}
+        self.masks = self._select(self.weights)
 
-    def _select(self, name: str) -> Tensor:
+    def _select(self, names: Iterable[str]) -> dict[str, Tensor]:
+        gradients = self.gradients()
+        return {name: self._mask(name, gradients.get(name)) for name in names}
+
+    def _mask(self, name: str, gradient: Tensor | None) -> Tensor:
         w, config = self.weights[name], self.config
-        scores = criterion_scores(w, config.criterion, config.lra_rank, config.seed, name)
+        scores = criterion_scores(w, config.criterion, config.lra_rank, config.seed, name, gradient)
         return largest_mask(scores, config.entries(*w.shape), config.block_shape)
 
     def indices(self) -> dict[str, Tensor]:
@@ -136,8 +147,12 @@ class ReferenceLift:
             trained = (1 - lr * self.config.weight_decay) * w - lr * m_hat / (v_hat.sqrt() + self.config.eps)
             w.copy_(torch.where(mask, trained, w))
             w.grad = None
-        for name in self._due():
-            self._refresh(name)
+        due = self._due()
+        for name, mask in (self._select(due) if due else {}).items():
+            survives = self.masks[name] & mask
+            self.exp_avg[name].mul_(survives)
+            self.exp_avg_sq[name].mul_(survives)
+            self.masks[name] = mask
 
     def _due(self) -> list[str]:
         """The matrices whose turn it is: part i of P is T i / P steps behind part 0."""
@@ -151,9 +166,3 @@ class ReferenceLift:
             if self.steps % interval == interval * part // parts
             for name in names[len(names) * part // parts : len(names) * (part + 1) // parts]
         ]
-
-    def _refresh(self, name: str) -> None:
-        old, self.masks[name] = self.masks[name], self._select(name)
-        survives = old & self.masks[name]
-        self.exp_avg[name].mul_(survives)
-        self.exp_avg_sq[name].mul_(survives)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.trainer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_config
@@ -16,8 +18,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from lift_ds import checkpoint
 from lift_ds.checkpoint import Layout, principal, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
+from lift_ds.config import LiftConfig
 from lift_ds.model.attachment import require_attachment
 from lift_ds.refresh.driver import Driver
+from lift_ds.refresh.gradients import select_by_gradients
 from lift_ds.refresh.report import RefreshReport
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.ranks import by_main
@@ -121,6 +125,8 @@ class LiftCallback(_WatchedSaves):
         if state.global_step > 0:
             self._restore(model, self._resumed or _checkpoint(args, state))
             attachment.selected = True
+        if attachment.needs_gradients and attachment.gradients is None:
+            select_by_gradients(model, _first_batches(kwargs["train_dataloader"], attachment.config, model.device))
         attachment.require_selected()
         # Reentrant checkpointing needs an input that requires grad, and the embeddings are frozen.
         if args.activation_checkpointing and hasattr(model, "enable_input_require_grads"):
@@ -229,6 +235,17 @@ def _complete(model: Any, directory: Path, args: TrainingArguments) -> None:
         replace_scripts(directory)
     else:
         principal.write(model, directory)
+
+
+def _first_batches(loader: Any, config: LiftConfig, device: torch.device) -> list[dict[str, Any]]:
+    """Return the first rows of a Trainer's data as batches of its size, the same ones on all ranks and after a resume.
+
+    Not from the loader itself, which would lose its place.
+    """
+    size = loader.batch_size or 1
+    rows = list(islice(loader.dataset, size * config.gradient_batches))
+    batches = [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 
 def _deepspeed_file(args: TrainingArguments) -> dict[str, Any]:

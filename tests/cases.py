@@ -29,7 +29,7 @@ PARITY_SOLVERS = {
     "chebyshev": replace(PARITY, solver="chebyshev", selection_tolerance=1e-4),
 }
 #: The parity runs by other criteria, each at the stages where it is tried.
-PARITY_CRITERIA = {"random": (2, 3), "magnitude": (2,), "smallest": (3,)}
+PARITY_CRITERIA = {"random": (2, 3), "magnitude": (2,), "smallest": (3,), "gradient": (2, 3)}
 #: Blocks of entries, refreshed in turns.
 PARITY_BLOCKS = replace(PARITY, block_shape=(2, 4), refresh_parts=3)
 
@@ -88,6 +88,22 @@ def matrix_batch(step: int) -> Tensor:
     """Inputs [GLOBAL_BATCH, 60] of one step."""
     generator = torch.Generator().manual_seed(2000 + step)
     return torch.randn(GLOBAL_BATCH, 60, generator=generator)
+
+
+def gradient_batches() -> list[dict[str, Tensor]]:
+    """What the criterion "gradient" measures on, in the runs of "llama"."""
+    return [{"input_ids": tokens, "labels": tokens} for tokens in (token_batch(90), token_batch(91))]
+
+
+@torch.enable_grad()
+def mean_gradients(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mean |dL/dW| on these batches by torch alone, of a plain model whose weights these are."""
+    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in gradient_batches():
+        found = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+        for name, gradient in zip(weights, found, strict=True):
+            totals[name] += gradient.abs() / len(gradient_batches())
+    return totals
 
 
 def loss_of(model: nn.Module, kind: str, step: int, rows: slice = slice(None)) -> Tensor:

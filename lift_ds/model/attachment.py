@@ -12,8 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from lift_ds.config import LiftConfig
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.compiled import handle_for
+from lift_ds.model.gradients import GradientMeter
 from lift_ds.model.layers import PRINCIPAL_KEYS, PrincipalLayer
 from lift_ds.model.wrappers import refuse_after_attach
+from lift_ds.selection.criteria import criterion_named
 
 _ATTRIBUTE = "_lift_attachment"
 
@@ -37,6 +39,7 @@ class Attachment:
             those of the matrices it selects in.
         hooks: on the model, for as long as LIFT is attached.
         selected: whether the layers have an index; else a checkpoint is to bring it.
+        gradients: measures gradients, where the criterion looks at them; None until it has batches.
     """
 
     config: LiftConfig
@@ -52,6 +55,12 @@ class Attachment:
     subspaces: dict[str, Tensor] = field(default_factory=dict)
     hooks: list[RemovableHandle] = field(default_factory=list)
     selected: bool = True
+    gradients: GradientMeter | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the criterion looks at gradients."""
+        return criterion_named(self.config.criterion).gradient
 
     def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
         """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
@@ -110,6 +119,11 @@ class Attachment:
             raise RuntimeError(
                 "nothing is selected: resume=True left the index to a checkpoint, and none has been loaded since; load "
                 "one before training, or leave resume=True out to begin anew"
+            )
+        if self.needs_gradients and self.gradients is None:
+            raise RuntimeError(
+                f"criterion={self.config.criterion!r} selects by gradients, and there are no batches to measure them "
+                "on: call lift_ds.select_by_gradients(model, batches) before the first step"
             )
 
     def require_trainable(self, model: nn.Module) -> None:

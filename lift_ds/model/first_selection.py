@@ -26,11 +26,15 @@ from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import broadcast, deal_out, exchange_device, in_rounds, rank_and_count, together
 from lift_ds.selection import MatrixSize, Selected, SelectionSettings, selection_cost
 from lift_ds.selection.cost import most_matrices
+from lift_ds.selection.criteria import criterion_named
 from lift_ds.selection.memory import bounded
 from lift_ds.selection.select import select_in
 from lift_ds.selection.settings import settings_for
 
 logger = get_logger()
+
+#: Criterion of the first selection, where a criterion looks at gradients: it costs little.
+UNTIL_MEASURED = "magnitude"
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ def _from(owner: int, tensor: Tensor | None, shape: Sequence[int], dtype: torch.
 def _settings(name: str, weight: Any, config: LiftConfig, device: torch.device) -> SelectionSettings:
     """Return how to select in one matrix; a partitioned one is copied to its owner."""
     size = _size(weight)
+    if criterion_named(config.criterion).gradient:  # until gradients are measured, with the optimizer there
+        config = replace(config, criterion=UNTIL_MEASURED)
     copied = size.bytes if is_partitioned(weight) else 0
     return bounded(name, size, settings_for(size, config, device.type), config.refresh_memory_gib, reserved=copied)
 

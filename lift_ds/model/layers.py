@@ -81,6 +81,8 @@ class LayerOwner(Protocol):
     driver: Any
     #: Whether the layers have an index.
     selected: bool
+    #: Measures the gradients of whole weights; None where nobody wants them.
+    gradients: Any
 
     def require_selected(self) -> None:
         """Raise where the layers have no index yet."""
@@ -139,21 +141,37 @@ class PrincipalLayer(nn.Module):
             grad_output: dL/dy [..., outputs].
             dtype: of θ, and of what is returned.
         """
+        meter = self.lift_attachment.gradients
+        if meter is not None and meter.measures:
+            self._add_gradient(meter.total_of(self), x, grad_output)
+            return x.new_zeros(self.entries(), dtype=dtype)
         index = CompactIndex(self.principal.index(), self.principal.index.layout)
         self.lift_attachment.note_backward(self, index)
+        columns, entries = index.layout.columns, access_to(index)
+        gradient = x.new_empty(index.layout.entries, dtype=dtype)
+        for rows, part in self._gradient_tiles(x, grad_output):
+            entries.gather(part.view(-1), rows.start * columns, gradient)
+        return gradient
+
+    def _add_gradient(self, total: Tensor | None, x: Tensor, grad_output: Tensor) -> None:
+        """Add |dL/dW| to a total [m, n], where there is one."""
+        if total is not None:
+            for rows, part in self._gradient_tiles(x, grad_output):
+                total[rows] += part.abs_()
+
+    def _gradient_tiles(self, x: Tensor, grad_output: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield dL/dW a tile of rows at a time: which rows, and the tile, in memory that the next one takes."""
         grad_output = grad_output.reshape(-1, grad_output.shape[-1])  # [tokens, outputs]
         x = x.reshape(-1, x.shape[-1]).to(grad_output.dtype)  # [tokens, inputs]
         # dL/dW = dyᵀ x, and where it is stored transposed xᵀ dy.
         of_rows, of_columns = (x, grad_output) if self.transposed else (grad_output, x)
-        columns, entries = index.layout.columns, access_to(index)
-        tiles = _row_tiles(index.layout.rows, columns, HOST_GRADIENT_TILE if x.device.type == "cpu" else GRADIENT_TILE)
-        tile = x.new_empty(tiles[0].stop, columns)  # the first is the largest
-        gradient = x.new_empty(index.layout.entries, dtype=dtype)
+        m, n = self.principal.index.layout.rows, self.principal.index.layout.columns
+        tiles = _row_tiles(m, n, HOST_GRADIENT_TILE if x.device.type == "cpu" else GRADIENT_TILE)
+        tile = x.new_empty(tiles[0].stop, n)  # the first is the largest
         for rows in tiles:
             part = tile[: rows.stop - rows.start]
             torch.mm(of_rows[:, rows].T, of_columns, out=part)
-            entries.gather(part.view(-1), rows.start * columns, gradient)
-        return gradient
+            yield rows, part
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrincipalLayer:
         copied = memo[id(self)] = object.__new__(type(self))

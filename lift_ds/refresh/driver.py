@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lift_ds.model.attachment import Attachment
 from lift_ds.refresh.checks import Untrained, require_equal
+from lift_ds.refresh.gradients import gradients_of, in_groups
 from lift_ds.refresh.report import RefreshReport
 from lift_ds.refresh.schedule import Jobs, RefreshPlan, plan_refresh
 from lift_ds.refresh.store import NewIndex, PrincipalStore
@@ -120,7 +121,30 @@ class Driver:
         """Take note of a step that was not applied (overflow): nothing moves, nothing is counted."""
         self.store.release()
 
+    def select_now(self) -> None:
+        """Select in all matrices before the first step; all ranks call."""
+        jobs = [self.plan.jobs_of(rank) for rank in range(self.store.ranks)]
+        with watchdog.during("the first selection by gradients"):
+            report = self._renew(0, jobs)
+        self.store.release()
+        logger.info(
+            "LIFT selected by gradients in %d matrices: %.1f%% of the %s entries are not those of the largest weights; "
+            "%.2f s",
+            report.matrices, 100 * report.churn, f"{report.entries:,}", report.seconds,
+        )  # fmt: skip
+
     def _refresh(self, step: int, jobs: Jobs) -> None:
+        report = self._renew(step, jobs)
+        self.reports.append(report)
+        self._unfinished.append(report)
+        if self.plan.completes(step):
+            whole = RefreshReport.of(self._unfinished)
+            logger.info("%s", whole)
+            self.refreshes.append(whole)
+            self._unfinished = []
+
+    def _renew(self, step: int, jobs: Jobs) -> RefreshReport:
+        """Select in some matrices, and carry the states over to the new selections."""
         start = time.perf_counter()
         owners = {name: rank for rank, names in enumerate(jobs) for name in names}
         selections, work = self._select(jobs)
@@ -132,49 +156,44 @@ class Driver:
                 (layer, self.store.hand_out(layer, owners[name], selections.pop(name, None))) for layer, name in of_turn
             ]
             replaced += self.store.carry(new)
-        self._report(
-            RefreshReport(
-                step,
-                len(names),
-                sum(layer.entries() for layer in names),
-                self.store.total(replaced),
-                time.perf_counter() - start,
-                tuple(one.seconds for one in work),
-                int(sum(one.fell_back for one in work)),
-                max(one.estimate for one in work),
-            )
+        return RefreshReport(
+            step,
+            len(names),
+            sum(layer.entries() for layer in names),
+            self.store.total(replaced),
+            time.perf_counter() - start,
+            tuple(one.seconds for one in work),
+            int(sum(one.fell_back for one in work)),
+            max(one.estimate for one in work),
         )
-
-    def _report(self, report: RefreshReport) -> None:
-        self.reports.append(report)
-        self._unfinished.append(report)
-        if self.plan.completes(report.step):
-            whole = RefreshReport.of(self._unfinished)
-            logger.info("%s", whole)
-            self.refreshes.append(whole)
-            self._unfinished = []
 
     def _select(self, jobs: Jobs) -> tuple[dict[str, NewIndex], list[_Work]]:
         """Select in the matrices this rank owns; return the selections by name, and the work of each rank."""
         start = time.perf_counter()
-        layers, selections, ways = self.attachment.layers, {}, []
+        layers, failure = self.attachment.layers, ""
+        selections: dict[str, NewIndex] = {}
+        ways: list[tuple[bool, float]] = []
 
         def select(name: str, weight: Tensor) -> None:
-            selections[name], found = self._select_one(name, weight)
+            selections[name], found = self._select_one(name, weight, gradients.get(name))
             ways.append((found.fell_back, found.estimate))
 
-        failure = in_rounds(
-            jobs, lambda name, owner: self.store.collect(layers[name], owner), select, about="LIFT refresh"
-        )
+        for group in in_groups(jobs, self.attachment) if self.attachment.needs_gradients else [jobs]:
+            gradients = gradients_of(group[self.store.rank], self.attachment, in_step=self.store.sharded)
+            failed = in_rounds(
+                group, lambda name, owner: self.store.collect(layers[name], owner), select, about="LIFT refresh"
+            )
+            failure = failure or failed
+            gradients.clear()  # before the next are measured
         fell_back, estimate = sum(fell_back for fell_back, _ in ways), max((share for _, share in ways), default=0.0)
         work = _Work(time.perf_counter() - start, fell_back, estimate)
         return selections, [_Work(*numbers) for numbers in self.store.agree(failure, work)]
 
-    def _select_one(self, name: str, weight: Tensor) -> tuple[NewIndex, Selected]:
+    def _select_one(self, name: str, weight: Tensor, gradient: Tensor | None) -> tuple[NewIndex, Selected]:
         """Select in one matrix; return what to hand out, and how it was found."""
         subspaces = self.attachment.subspaces
         with watchdog.during(f"selecting in {name}"):
-            found = select_in(name, weight, self.plan.settings[name], subspaces.get(name))
+            found = select_in(name, weight, self.plan.settings[name], subspaces.get(name), gradient)
         if found.subspace is not None:
             subspaces[name] = found.subspace
         return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found

@@ -49,12 +49,14 @@ class Matrix:
         factors: [m, r] and [r, n], whose product is W'; None where W' = W, or where the criterion asks for none.
         name: dotted name of the layer.
         seed: of the configuration.
+        gradient: mean |dL/dW|, float32 [m, n]; None where the criterion does not ask for it.
     """
 
     weight: Tensor
     factors: Factors | None
     name: str
     seed: int
+    gradient: Tensor | None = None
 
     def entries(self, rows: Part, columns: Part) -> Tensor:
         """Return W[rows][:, columns] in float32, of a float64 matrix in float64; perhaps a view of it, so not to be
@@ -77,18 +79,20 @@ class Criterion:
         low_rank: whether it looks at W'. Where it does not, nothing is factored.
         largest: whether it takes the largest entries of abs(W'), so that the solver "chebyshev" can tell when it is
             right: it watches those.
+        gradient: whether it looks at gradients. Then somebody has to give batches, before the first step.
     """
 
     scores: Callable[[Matrix], Scores]
     low_rank: bool = False
     largest: bool = False
+    gradient: bool = False
 
 
 _REGISTERED: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, low_rank: bool = False, largest: bool = False
+    name: str, *, low_rank: bool = False, largest: bool = False, gradient: bool = False
 ) -> Callable[[Callable[[Matrix], Scores]], Callable[[Matrix], Scores]]:
     """Register a criterion under a name; on every rank, before a configuration names it.
 
@@ -96,6 +100,7 @@ def criterion(
         name: what `LiftConfig.criterion` calls it.
         low_rank: as in `Criterion`.
         largest: as in `Criterion`.
+        gradient: as in `Criterion`.
 
     Returns:
         A decorator of a function that takes a `Matrix` and returns its `Scores`. They have to depend on the matrix
@@ -108,7 +113,7 @@ def criterion(
     def register(scores: Callable[[Matrix], Scores]) -> Callable[[Matrix], Scores]:
         if name in _REGISTERED:
             raise ValueError(f"criterion {name!r} is there already; name it otherwise than {', '.join(_REGISTERED)}")
-        _REGISTERED[name] = Criterion(scores, low_rank, largest)
+        _REGISTERED[name] = Criterion(scores, low_rank, largest, gradient)
         if name not in CRITERIA:
             CRITERIA.append(name)
         return scores
@@ -139,6 +144,14 @@ def magnitude(matrix: Matrix) -> Scores:
 def smallest(matrix: Matrix) -> Scores:
     """The smallest entries of abs(W')."""
     return lambda rows, columns: matrix.approximation(rows, columns).abs().neg_()
+
+
+@criterion("gradient", gradient=True)
+def by_gradient(matrix: Matrix) -> Scores:
+    """The largest mean |dL/dW|."""
+    measured = matrix.gradient
+    assert measured is not None, "measured before the selection"
+    return lambda rows, columns: measured[rows][:, columns]
 
 
 @criterion("random")

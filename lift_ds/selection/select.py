@@ -77,7 +77,11 @@ def principal_indices(
 
 @torch.no_grad()
 def select_principal(
-    weight: Tensor, settings: SelectionSettings, start: Tensor | None = None, name: str = ""
+    weight: Tensor,
+    settings: SelectionSettings,
+    start: Tensor | None = None,
+    name: str = "",
+    gradient: Tensor | None = None,
 ) -> Selected:
     """Like `principal_indices`, from the subspace of an earlier call on, and with what there is to know about it.
 
@@ -86,6 +90,7 @@ def select_principal(
         settings: what is selected, and how.
         start: `subspace` of the last result for this matrix.
         name: dotted name of the layer, by which the criterion "random" tells matrices apart.
+        gradient: mean |dL/dW|, float32 [m, n], for criteria that look at it.
 
     Raises:
         ValueError: as `principal_indices`.
@@ -97,14 +102,20 @@ def select_principal(
     with full_precision(weight.device):
         factors, found = _approximate(weight, settings, start)
         blocks = settings.k // (block_shape[0] * block_shape[1])
-        scores = criterion_named(settings.criterion).scores(Matrix(weight, factors, name, settings.seed))
+        scores = criterion_named(settings.criterion).scores(Matrix(weight, factors, name, settings.seed, gradient))
         of_blocks = _BlockScores(weight.shape, scores, block_shape, weight.device)
         largest = _largest(of_blocks, blocks, settings.tile_entries)
         index = entries_of_blocks(largest, weight.shape[1], block_shape)
     return Selected(index=index, **found)
 
 
-def select_in(name: str, weight: Tensor, settings: SelectionSettings, start: Tensor | None = None) -> Selected:
+def select_in(
+    name: str,
+    weight: Tensor,
+    settings: SelectionSettings,
+    start: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> Selected:
     """Select in the weight of a layer.
 
     Args:
@@ -114,7 +125,7 @@ def select_in(name: str, weight: Tensor, settings: SelectionSettings, start: Ten
         ValueError: as `select_principal`, naming the weight.
     """
     try:
-        return select_principal(weight, settings, start, name)
+        return select_principal(weight, settings, start, name, gradient)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
 

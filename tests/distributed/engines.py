@@ -122,4 +122,7 @@ def message_of(action: Callable[[], object]) -> str:
 
 def lift_engine(model: nn.Module, config: dict[str, Any], settings: lift_ds.LiftConfig) -> Any:
     """An engine by `lift_ds.initialize`, its settings given as a "lift" block."""
-    return lift_ds.initialize(model=model, config={**config, "lift": settings.to_dict()})[0]
+    engine = lift_ds.initialize(model=model, config={**config, "lift": settings.to_dict()})[0]
+    if settings.criterion == "gradient":
+        lift_ds.select_by_gradients(model, cases.gradient_batches())
+    return engine

@@ -45,7 +45,7 @@ def train_reference(kind: str, settings: lift_ds.LiftConfig = cases.PARITY) -> d
     weights = cases.managed_weights(model, kind)
     for weight in weights.values():
         weight.requires_grad_(True)
-    reference = ReferenceLift(weights, settings)
+    reference = ReferenceLift(weights, settings, lambda: cases.mean_gradients(model, weights))
     losses, indices = [], []
     for step in range(cases.PARITY_STEPS):
         loss = cases.loss_of(model, kind, step)

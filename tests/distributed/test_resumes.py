@@ -22,8 +22,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks("resumes", 2, tmp_path_factory.mktemp("resumes"))
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4])
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, cut) for kind in KINDS for cut in (2, 3, 4)]
+OF_CRITERIA = [(kind, 2) for kind in ("random stage 2", "smallest stage 3", "gradient stage 2", "gradient stage 3")]
+
+
+@pytest.mark.parametrize(("kind", "cut"), [*CASES, *OF_CRITERIA])
 def test_a_resume_continues_to_the_bit(ranks: list[dict[str, Any]], kind: str, cut: int) -> None:
     for rank in ranks:
         expected, found = rank[f"{kind} after {cut}"]["expected"], rank[f"{kind} after {cut}"]["found"]

@@ -43,11 +43,14 @@ SETTINGS = lift_ds.LiftConfig(
 )
 
 
-def start(stage: int, *, model: nn.Module | None = None, bf16: bool = False, **blocks: Any) -> tuple[Any, nn.Module]:
+def start(
+    stage: int, *, model: nn.Module | None = None, bf16: bool = False, criterion: str = "principal", **blocks: Any
+) -> tuple[Any, nn.Module]:
     """An engine over a fresh small Llama."""
     if model is None:
         model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
-    return engines.lift_engine(model, engines.ds_config(stage, bf16=bf16, **blocks), SETTINGS), model
+    settings = replace(SETTINGS, criterion=criterion)
+    return engines.lift_engine(model, engines.ds_config(stage, bf16=bf16, **blocks), settings), model
 
 
 def driver_of(engine: Any) -> Driver:

@@ -1,4 +1,6 @@
-"""The resumes that `behaviour` leaves out: every stage and offload kind, cut before, at and after a refresh."""
+"""The resumes that `behaviour` leaves out: every stage and offload kind, cut before, at and after a refresh; and with
+other criteria, cut before a refresh.
+"""
 
 from __future__ import annotations
 
@@ -23,4 +25,6 @@ if __name__ == "__main__":
             results[f"bf16 stage {stage} after {cut}"] = resume(stage, cut, folder, bf16=True)
         for stage in (2, 3):
             results[f"offload stage {stage} after {cut}"] = resume(stage, cut, folder, offload=True)
+    for criterion, stage in (("random", 2), ("smallest", 3), ("gradient", 2), ("gradient", 3)):
+        results[f"{criterion} stage {stage} after 2"] = resume(stage, 2, f"{folder}/{criterion}", criterion=criterion)
     engines.finish(folder, results)

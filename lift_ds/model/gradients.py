@@ -1,0 +1,123 @@
+"""Mean absolute gradients of whole weight matrices, by which the criterion "gradient" selects.
+
+Backward forms dL/dW of one layer after the other anyway, and drops it. Here it is kept, in absolute value and added up
+over the batches, for a few layers at a time: as many as have no more entries together than the largest one. The
+batches run through the model once for each such group, so this takes little memory and much time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lift_ds.model.layers import PrincipalLayer
+from lift_ds.runtime import watchdog
+
+#: One batch: what the model is called with, by name.
+Batch = Mapping[str, Any]
+
+#: Gives the loss of a model on a batch, a tensor [].
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def own_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the loss that a model of transformers computes by itself from a batch with labels."""
+    loss: Tensor | None = model(**batch).loss
+    if loss is None:
+        raise ValueError("the model gives no loss for a batch; add labels to the batches, or give a loss")
+    return loss
+
+
+class GradientMeter:
+    """Measures mean |dL/dW| of managed layers on some batches.
+
+    Args:
+        model: with LIFT attached.
+        batches: that are gone through, the same ones on every rank.
+        loss: of the model on a batch.
+        seed: of what is random in the model meanwhile, such as dropout.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: Loss, seed: int) -> None:
+        self._model = model
+        self._batches = batches
+        self._loss = loss
+        self._seed = seed
+        self._totals: dict[PrincipalLayer, Tensor] | None = None  # while measuring
+
+    @property
+    def measures(self) -> bool:
+        """Whether gradients are measured at this moment; then nothing is trained."""
+        return self._totals is not None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no batches."""
+        return not self._batches
+
+    def measure(
+        self, wanted: Mapping[str, PrincipalLayer], everything: Iterable[PrincipalLayer], in_step: bool
+    ) -> dict[str, Tensor]:
+        """Measure some layers.
+
+        Args:
+            wanted: name -> layer, those of a group on this rank; may be none.
+            everything: all managed layers.
+            in_step: whether all ranks have to go through the whole model together, as in ZeRO-3, where its parts are
+                gathered on the way. Else each goes as far down as its own layers, and no collective runs.
+
+        Returns:
+            Name -> mean |dL/dW|, float32 [m, n], on the device of the layer.
+        """
+        if not wanted and not in_step:
+            return {}
+        passed = list(everything) if in_step else list(wanted.values())
+        self._totals = {
+            layer: torch.zeros(layer.shape(), device=layer.principal_values.device) for layer in wanted.values()
+        }
+        try:
+            with torch.random.fork_rng(), torch.enable_grad(), watchdog.during("measuring gradients"):
+                torch.manual_seed(self._seed)
+                for batch in self._batches:
+                    # Not `backward`: the gradients of θ are zeros here, and nobody is to reduce or keep them.
+                    loss = self._loss(self._model, batch)
+                    torch.autograd.grad(loss, [layer.principal.values for layer in passed], allow_unused=True)
+                    del loss  # and what the layers that were not reached have kept for it
+            return {name: self._totals[layer].div_(len(self._batches)) for name, layer in wanted.items()}
+        finally:
+            self._totals = None
+
+    def total_of(self, layer: PrincipalLayer) -> Tensor | None:
+        """Return where the gradients of a layer are added up, float32 [m, n]; None where they are not wanted."""
+        return None if self._totals is None else self._totals.get(layer)
+
+    def checksum(self) -> int:
+        """Return a number that differs where the batches do."""
+        found = 0
+        for batch in self._batches:
+            for name in sorted(batch):
+                if isinstance(batch[name], Tensor):
+                    data = batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+                    found = zlib.crc32(data.numpy(), found)
+        return found
+
+
+def groups_of(entries: Sequence[int], most: int) -> list[slice]:
+    """Cut a sequence of layers into runs of at most `most` entries together, each of at least one layer.
+
+    Args:
+        entries: of each layer.
+        most: of a run.
+    """
+    ends, held = [0], 0
+    for place, count in enumerate(entries):
+        if held and held + count > most:
+            ends.append(place)
+            held = 0
+        held += count
+    return [slice(start, stop) for start, stop in itertools.pairwise([*ends, len(entries)])] if entries else []
