@@ -179,7 +179,7 @@ class Driver:
             ways.append((found.fell_back, found.estimate))
 
         for group in in_groups(jobs, self.attachment) if self.attachment.needs_gradients else [jobs]:
-            gradients = gradients_of(group[self.store.rank], self.attachment, in_step=self.store.sharded)
+            gradients = gradients_of(group[self.store.rank], self.attachment, self.store)
             failed = in_rounds(
                 group, lambda name, owner: self.store.collect(layers[name], owner), select, about="LIFT refresh"
             )

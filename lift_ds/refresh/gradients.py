@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lift_ds.model.attachment import Attachment, require_attachment
 from lift_ds.model.gradients import Batch, GradientMeter, Loss, groups_of, own_loss
 from lift_ds.refresh.schedule import Jobs
+from lift_ds.refresh.store import PrincipalStore
 from lift_ds.runtime.ranks import together
 
 
@@ -63,16 +63,16 @@ def in_groups(jobs: Jobs, attachment: Attachment) -> list[Jobs]:
     return [[list(own) for own in group] for group in zip_longest(*of_ranks, fillvalue=[])]
 
 
-def gradients_of(names: Sequence[str], attachment: Attachment, in_step: bool) -> dict[str, Any]:
+def gradients_of(names: Sequence[str], attachment: Attachment, store: PrincipalStore) -> dict[str, Tensor]:
     """Return mean |dL/dW| of some layers by name; nothing where the criterion does not look at gradients.
 
     Args:
         names: of the layers of a group on this rank.
         attachment: the managed layers.
-        in_step: as for `GradientMeter.measure`.
+        store: where their state lives.
     """
     if not attachment.needs_gradients:
         return {}
     assert attachment.gradients is not None, "training without batches is refused"
     wanted = {name: attachment.layers[name] for name in names}
-    return attachment.gradients.measure(wanted, attachment.layers.values(), in_step)
+    return attachment.gradients.measure(wanted, attachment.layers.values(), store.sharded, store.end_backward)

@@ -105,6 +105,9 @@ class PrincipalStore(Protocol):
     def release(self) -> None:
         """Give up what was kept whole between a backward and its step."""
 
+    def end_backward(self) -> None:
+        """Give up what a backward outside of training has left whole; there the engine does so."""
+
 
 class DenseStore:
     """Everything whole in this process: plain PyTorch, or DeepSpeed's stage 0 in float32.
@@ -189,6 +192,9 @@ class DenseStore:
         return torch.tensor(counts)
 
     def release(self) -> None:
+        pass
+
+    def end_backward(self) -> None:
         pass
 
 

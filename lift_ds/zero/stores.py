@@ -239,8 +239,10 @@ class PartitionedStateStore(_RankedStore):
         # Not the moments that DeepSpeed has linked to θ: a checkpoint loaded since then has replaced them.
         (flat,) = self._optimizer.param_groups[held.param_group_index]["params"]
         address = held.get_hp_fragment_address()
-        moments = [self._optimizer.state[flat][key].narrow(0, address.start, address.numel) for key in MOMENTS]
-        return PrincipalState(_own_fragment(values), *moments)
+        master, state = _own_fragment(values), self._optimizer.state[flat]
+        if not state:  # before the first step; what is written into these is not kept
+            return PrincipalState(master, *(torch.zeros_like(master) for _ in MOMENTS))
+        return PrincipalState(master, *(state[key].narrow(0, address.start, address.numel) for key in MOMENTS))
 
     def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
         for layer in layers:
@@ -266,6 +268,9 @@ class PartitionedStateStore(_RankedStore):
         if self._index is not None:
             self._index.release_all()
 
+    def end_backward(self) -> None:
+        pass
+
 
 class PartitionedParameterStore(_RankedStore):
     """Stage 3: everything is sharded, and whole only while gathered.
@@ -283,6 +288,7 @@ class PartitionedParameterStore(_RankedStore):
 
     def __init__(self, wrapper: Any) -> None:
         super().__init__(wrapper.dp_process_group)
+        self._offload = wrapper.parameter_offload
 
     def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
         return gathered_to(layer.weight, owner)
@@ -343,6 +349,10 @@ class PartitionedParameterStore(_RankedStore):
     def release(self) -> None:
         pass
 
+    def end_backward(self) -> None:
+        """Without it the weights of layers stay whole whose input needs no gradient, such as the first ones."""
+        self._offload.release_backward_leftovers()
+
 
 def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLayer]:
     """Yield layers whose θ and I are whole meanwhile; one all-gather for each batch of them."""
@@ -377,6 +387,9 @@ def _held(layer: PrincipalLayer, old: CompactIndex, selection: NewIndex) -> Held
 def _own_state(values: Any) -> PrincipalState:
     """Return a copy of the state that this rank of stage 3 holds, padding excluded."""
     start, stop = shard_range(values)
+    if not _has_moments(values):
+        master = _own_master(values)[: stop - start].clone()
+        return PrincipalState(master, *(torch.zeros_like(master) for _ in MOMENTS))
     read = [partial(safe_get_local_optimizer_state, values, key) for key in MOMENTS]
     # Copied one after the other: where they live on a disk, they are read into the same memory.
     return PrincipalState(*(part().view(-1)[: stop - start].clone() for part in (partial(_own_master, values), *read)))
@@ -386,8 +399,13 @@ def _store_state(values: Any, state: PrincipalState) -> None:
     """Store the state that this rank of stage 3 holds from now on."""
     with padded(values) as fill:
         safe_set_local_fp32_param(values, fill(state.master))
-        for key in MOMENTS:
+        for key in MOMENTS if _has_moments(values) else ():
             safe_set_local_optimizer_state(values, fill(getattr(state, key)), key)
+
+
+def _has_moments(values: Any) -> bool:
+    """Tell whether Adam has a state yet; before the first step it has none."""
+    return any(values._z3_optimizer.optimizer.state.values())
 
 
 def _own_master(values: Any) -> Tensor:

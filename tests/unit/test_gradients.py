@@ -69,10 +69,11 @@ def test_measuring_takes_no_more_memory_than_one_gradient() -> None:
     backward()
     alone = allocated_peak(backward)
     attachment.gradients._totals = None
+    store = attachment.driver.store
     jobs, peaks, names = [list(attachment.layers)], [], set()
     for group in gradients.in_groups(jobs, attachment):
         names |= set(group[0])
-        peaks.append(allocated_peak(lambda group=group: gradients.gradients_of(group[0], attachment, False)))  # type: ignore[misc]
+        peaks.append(allocated_peak(lambda group=group: gradients.gradients_of(group[0], attachment, store)))  # type: ignore[misc]
     assert names == set(attachment.layers)
     assert len(peaks) > 4
     # The sums in float32, and the tile that backward forms.
@@ -85,7 +86,7 @@ def test_measuring_leaves_no_trace() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     attachment.gradients = gradients.GradientMeter(model, BATCHES, gradients.own_loss, 0)
-    found = gradients.gradients_of(list(attachment.layers), attachment, True)
+    found = gradients.gradients_of(list(attachment.layers), attachment, attachment.driver.store)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
