@@ -65,7 +65,7 @@ class GradientMeter:
         wanted: Mapping[str, PrincipalLayer],
         everything: Iterable[PrincipalLayer],
         in_step: bool,
-        end_backward: Callable[[], None],
+        end_backward: Callable[[Iterable[PrincipalLayer]], None],
     ) -> dict[str, Tensor]:
         """Measure some layers.
 
@@ -74,7 +74,7 @@ class GradientMeter:
             everything: all managed layers.
             in_step: whether all ranks have to go through the whole model together, as in ZeRO-3, where its parts are
                 gathered on the way. Else each goes as far down as its own layers, and no collective runs.
-            end_backward: called after each backward.
+            end_backward: called after each backward, with the layers that it went through for.
 
         Returns:
             Name -> mean |dL/dW|, float32 [m, n], on the device of the layer.
@@ -92,7 +92,7 @@ class GradientMeter:
                     # Not `backward`: the gradients of θ are zeros here, and nobody is to reduce or keep them.
                     loss = self._loss(self._model, batch)
                     torch.autograd.grad(loss, [layer.principal.values for layer in passed], allow_unused=True)
-                    end_backward()
+                    end_backward(passed)
                     del loss  # and what the layers that were not reached have kept for it
             return {name: self._totals[layer].div_(len(self._batches)) for name, layer in wanted.items()}
         finally:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -105,8 +105,8 @@ class PrincipalStore(Protocol):
     def release(self) -> None:
         """Give up what was kept whole between a backward and its step."""
 
-    def end_backward(self) -> None:
-        """Give up what a backward outside of training has left whole; there the engine does so."""
+    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
+        """Give up what a backward through some layers has left whole; in training the engine does so."""
 
 
 class DenseStore:
@@ -194,7 +194,7 @@ class DenseStore:
     def release(self) -> None:
         pass
 
-    def end_backward(self) -> None:
+    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
         pass
 
 

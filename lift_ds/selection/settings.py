@@ -95,12 +95,13 @@ def settings_for(matrix: MatrixSize, config: LiftConfig, device_type: str) -> Se
 
 def _solver(matrix: MatrixSize, lra_rank: int, config: LiftConfig, device_type: str) -> str:
     """Return the solver for a matrix; never "auto"."""
-    largest = criterion_named(config.criterion).largest
-    if config.solver == "chebyshev" and not largest:
+    criterion = criterion_named(config.criterion)
+    watched = criterion.largest or not criterion.low_rank  # nothing is factored in the second case
+    if config.solver == "chebyshev" and not watched:
         raise ValueError(
             f"solver={config.solver!r} stops once the largest entries of W' are right, and criterion="
             f"{config.criterion!r} does not take those; give solver='auto', 'gram' or 'svd'"
         )
     if config.solver != "auto":
         return config.solver
-    return choose_solver(matrix.rows, matrix.columns, lra_rank, device_type) if largest else "gram"
+    return choose_solver(matrix.rows, matrix.columns, lra_rank, device_type) if watched else "gram"

@@ -56,6 +56,12 @@ class ZeroPartition:
 PARTITION = ZeroPartition()
 
 
+def empty_if_partitioned(parameter: Any) -> None:
+    """Leave a partitioned parameter empty, as DeepSpeed expects it, after it was given its logical shape."""
+    if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
 @torch.no_grad()
 def gathered_to(parameter: Any, owner: int) -> Tensor | None:
     """Make a partitioned parameter whole on one rank: its shards are gathered there, once over the network in total.

@@ -9,7 +9,7 @@ DeepSpeedZeroOptimizer_Stage3    1/N      1/N      1/N                   1/N
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -33,6 +33,7 @@ from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range
 from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
 from lift_ds.zero.partitioned import (
     assign,
+    empty_if_partitioned,
     gathered,
     gathered_to,
     padded,
@@ -268,7 +269,7 @@ class PartitionedStateStore(_RankedStore):
         if self._index is not None:
             self._index.release_all()
 
-    def end_backward(self) -> None:
+    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
         pass
 
 
@@ -349,9 +350,11 @@ class PartitionedParameterStore(_RankedStore):
     def release(self) -> None:
         pass
 
-    def end_backward(self) -> None:
+    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
         """Without it the weights of layers stay whole whose input needs no gradient, such as the first ones."""
         self._offload.release_backward_leftovers()
+        for layer in layers:
+            empty_if_partitioned(layer.principal_values)  # autograd has seen θ in its logical shape
 
 
 def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLayer]:

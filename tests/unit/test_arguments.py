@@ -196,7 +196,7 @@ def test_help_shows_what_most_runs_need_and_all_on_request(capsys: pytest.Captur
 def test_every_flag_of_lift_sets_the_setting_of_its_name() -> None:
     wanted = {
         "budget_rank": 8, "density": None, "lra_rank": 4, "refresh_interval": 9, "refresh_parts": 3, "solver": "gram",
-        "criterion": "random",
+        "criterion": "random", "gradient_batches": 2,
         "selection_tolerance": 0.1, "block_shape": (2, 4), "target_modules": ("q_proj", "v_proj"),
         "exclude_modules": ("head",), "extra_trainable": ("bias", "norm"), "index_placement": "replicated",
         "refresh_memory_gib": 1.5, "stall_timeout": 60.0,

@@ -91,6 +91,7 @@ def test_chebyshev_watches_the_largest_alone() -> None:
     )
     with pytest.raises(ValueError, match=r"solver='chebyshev' .* criterion='smallest' .* 'gram' or 'svd'"):
         settings("smallest", solver="chebyshev")
+    assert settings("random", solver="chebyshev").lra_rank == min(SHAPE)  # where nothing is factored it does not matter
 
 
 def test_a_wrong_name_is_refused() -> None:

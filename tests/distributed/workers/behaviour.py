@@ -49,7 +49,7 @@ def start(
     """An engine over a fresh small Llama."""
     if model is None:
         model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
-    settings = replace(SETTINGS, criterion=criterion)
+    settings = SETTINGS if criterion == "principal" else replace(SETTINGS, criterion=criterion, solver="gram")
     return engines.lift_engine(model, engines.ds_config(stage, bf16=bf16, **blocks), settings), model
 
 
