@@ -126,7 +126,7 @@ FURTHER = tuple(
     Method(name, flags, _FEWER_RATES, _FEWER_SEEDS)
     for name, flags in {
         "smallest": _lift(*_REFRESHED, "--criterion", "smallest"),
-        "gradient": _lift(*_NEVER, "--criterion", "gradient", "--gradient_batches", "2"),
+        "gradient": _lift(*_NEVER, "--criterion", "gradient", "--gradient_batches", "2", "--refresh_memory_gib", "1"),
         "lift_no_refresh": _lift(*_NEVER),
         "lift_rank_8": _lift(*_REFRESHED, rank=8),
         "lift_mlp": _lift(*_REFRESHED, "--target_modules", "LIFT_MLP", budget=("--budget_rank", _RANK_MLP)),

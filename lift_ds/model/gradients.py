@@ -1,8 +1,8 @@
 """Mean absolute gradients of whole weight matrices, by which the criterion "gradient" selects.
 
 Backward forms dL/dW of one layer after the other anyway, and drops it. Here it is kept, in absolute value and added up
-over the batches, for a few layers at a time: as many as have no more entries together than the largest one. The
-batches run through the model once for each such group, so this takes little memory and much time.
+over the batches, for a few layers at a time: by default as many as have no more entries together than the largest one.
+The batches run through the model once for each such group, so this takes little memory and much time.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from lift_ds.model.gradients import Batch, GradientMeter, Loss, groups_of, own_l
 from lift_ds.refresh.schedule import Jobs
 from lift_ds.refresh.store import PrincipalStore
 from lift_ds.runtime.ranks import together
+from lift_ds.selection.memory import gradient_entries
 
 
 def select_by_gradients(model: nn.Module, batches: Iterable[Batch], loss: Loss = own_loss) -> None:
@@ -57,8 +58,9 @@ def in_groups(jobs: Jobs, attachment: Attachment) -> list[Jobs]:
         For each group the jobs of all ranks in it; a rank that has done its own has none in the last ones.
     """
     entries = {name: layer.shape().numel() for name, layer in attachment.layers.items()}
+    most = gradient_entries(max(entries.values()), attachment.config.refresh_memory_gib)
     of_ranks: list[list[Sequence[str]]] = [
-        [own[group] for group in groups_of([entries[name] for name in own], max(entries.values()))] for own in jobs
+        [own[group] for group in groups_of([entries[name] for name in own], most)] for own in jobs
     ]
     return [[list(own) for own in group] for group in zip_longest(*of_ranks, fillvalue=[])]
 

@@ -11,7 +11,7 @@ from lift_ds.runtime.ranks import deal_out
 from lift_ds.selection import MatrixSize, SelectionSettings, selection_cost
 from lift_ds.selection.cost import most_matrices
 from lift_ds.selection.criteria import criterion_named
-from lift_ds.selection.memory import bounded
+from lift_ds.selection.memory import bounded, gradient_entries
 from lift_ds.selection.settings import settings_for
 
 #: For each rank the names of the matrices it selects in, longest first.
@@ -91,8 +91,9 @@ def plan_refresh(
         for jobs in parts.values()
         for own in jobs
     )
-    # Of gradients there are no more at a time than of the largest matrix, in float32.
-    measured = 4 * max(size.entries for size in sizes.values()) if criterion_named(config.criterion).gradient else 0
+    entries, measured = [size.entries for size in sizes.values()], 0
+    if criterion_named(config.criterion).gradient:
+        measured = 4 * min(gradient_entries(max(entries), config.refresh_memory_gib), sum(entries))
     for name, size in sizes.items():
         reserved = measured + held + (size.bytes if collected else 0)
         settings[name] = bounded(name, size, settings[name], config.refresh_memory_gib, reserved=reserved, held=held)

@@ -56,6 +56,16 @@ def _factoring(matrix: MatrixSize, settings: SelectionSettings) -> int:
     return max(gram, short**2 + max(2 * min(TILE_ENTRIES, entries), blocks))
 
 
+def gradient_entries(largest: int, gib: float | None) -> int:
+    """Return of how many entries the criterion "gradient" may hold gradients at a time, 4 bytes each.
+
+    Args:
+        largest: entries of the largest matrix; fewer cannot be.
+        gib: the bound, `refresh_memory_gib` of the configuration, of which they take half; None for as few as can be.
+    """
+    return largest if gib is None else max(largest, int(gib * _GIB / 2) // 4)
+
+
 def carry_memory(k: int) -> int:
     """Estimate the peak of carrying master and moments of k entries over to a new index."""
     return _CARRY * k

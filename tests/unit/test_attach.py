@@ -454,6 +454,28 @@ def test_log_says_how_much_is_managed(lift_log: list[str]) -> None:
     ]
 
 
+def test_attach_before_the_ranks_have_met_is_said(lift_log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lift_ds.attach(build("llama"), lift_ds.LiftConfig(density=0.1))
+    assert "each of the 2 ranks selects in all matrices" in "".join(lift_log)
+
+
+def test_without_a_selection_nothing_is_trained_until_a_state_dict_brings_it() -> None:
+    config = lift_ds.LiftConfig(density=0.1, lra_rank=4)
+    selected = lift_ds.attach(build("llama"), config)
+    model = lift_ds.attach(build("llama"), config, resume=True)
+    tokens = token_batch(0)
+    with pytest.raises(RuntimeError, match="nothing is selected"):
+        model(input_ids=tokens, labels=tokens)
+    model.load_state_dict(selected.state_dict())
+    lift_ds.LiftAdamW(model)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(
+        torch.equal(one.principal_index, layers_of(selected)[name].principal_index)
+        for name, one in layers_of(model).items()
+    )
+
+
 def test_log_says_nothing_of_full_rank_where_there_is_none(lift_log: list[str]) -> None:
     lift_ds.attach(Matrices(), lift_ds.LiftConfig(density=0.125, lra_rank=7, refresh_interval=7))
     (line,) = lift_log

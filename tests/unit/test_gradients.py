@@ -80,6 +80,16 @@ def test_measuring_takes_no_more_memory_than_one_gradient() -> None:
     assert max(peaks) <= alone + 2 * 4 * largest
 
 
+def test_a_bound_on_memory_makes_larger_groups() -> None:
+    attachment = require_attachment(trained_model()[0])
+    jobs = [list(attachment.layers), list(attachment.layers)[:3]]
+    alone = gradients.in_groups(jobs, attachment)
+    assert len(alone) > 4
+    assert [len(of_rank) for of_rank in alone[-1]][1] == 0  # the second rank has done its own before
+    roomy = replace(CONFIG, refresh_memory_gib=0.001)
+    assert gradients.in_groups(jobs, require_attachment(trained_model(roomy)[0])) == [jobs]
+
+
 def test_measuring_leaves_no_trace() -> None:
     model, _ = trained_model()
     attachment = require_attachment(model)
