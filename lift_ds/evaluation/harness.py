@@ -16,6 +16,7 @@ from lm_eval.api.group import Group
 from lm_eval.config.group import GroupConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import set_seed
 
 from lift_ds.config import did_you_mean
 from lift_ds.evaluation import local, scoring, wording
@@ -57,8 +58,6 @@ _NOISE = (
     "model kwarg is not of type",
     "assuming single-process call",
     "Custom kwargs can be passed",
-    "specified through cli",
-    "Overwriting default num_fewshot",
 )
 
 Spec = dict[str, Any]
@@ -84,20 +83,23 @@ def run(loaded: Loaded, request: EvaluationRequest) -> tuple[Results, Samples]:
         asked = [*_asked_tasks(request), *_tasks_of_rows(request.rows)]
         lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=request.batch_size)
         _check_room(asked, lm.max_length, request.max_new_tokens)
-        found = lm_eval.simple_evaluate(
-            lm,
-            tasks=asked,
-            task_manager=TaskManager(include_defaults=False),  # finds nothing: all are loaded
-            batch_size=request.batch_size,
-            limit=request.limit,
-            gen_kwargs={"max_gen_toks": request.max_new_tokens} if request.max_new_tokens else None,
-            random_seed=request.seed,
-            numpy_random_seed=request.seed,
-            torch_random_seed=request.seed,
-            fewshot_random_seed=request.seed,
-        )
+        set_seed(request.seed)
+        # Not `simple_evaluate`, which runs `pip list` and git for a report of its own, and takes seconds for it.
+        found = lm_eval.evaluate(lm, _prepared(asked, request), limit=request.limit, log_samples=True)
     assert found is not None, "this is the one process"
     return _results(found), _samples(found["samples"])
+
+
+def _prepared(asked: Sequence[Any], request: EvaluationRequest) -> Any:
+    """Return loaded tasks and groups as the harness takes them, with the settings of a request."""
+    loaded = TaskManager(include_defaults=False).load(list(asked))  # finds nothing: all are loaded
+    for task in loaded["tasks"].values():
+        if request.max_new_tokens and task.config.output_type == "generate_until":
+            task.set_config("generation_kwargs", {"max_gen_toks": request.max_new_tokens}, update=True)
+        if task.config.num_fewshot is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=request.seed)
+    return loaded
 
 
 def _asked_tasks(request: EvaluationRequest) -> list[Any]:
