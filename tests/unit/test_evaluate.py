@@ -112,10 +112,10 @@ def test_a_model_of_known_words_has_known_scores(tmp_path: Path) -> None:
     assert samples[0]["prompt"] == instruction_prompt("6 x 7?")
     assert {sample["given"][0] for sample in samples} == {"42"}
 
-    bare = written(tmp_path / "bare.json", [{"prompt": "6 x 7 =", "answer": "42"}])
+    bare = written(tmp_path / "bare.json", [{"prompt": "6 x 7?\n", "answer": "42"}])
     request = EvaluationRequest(rows=(str(bare),), samples=str(tmp_path / "samples.jsonl"))
     assert accuracy(evaluate(request, model=speaker("42"), tokenizer=TOKENIZER), "bare") == 1
-    assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt"] == "6 x 7 ="
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt"] == "6 x 7?\n"
 
 
 def test_letters_words_and_labels_are_scored_and_a_group_is_the_plain_mean_of_its_sets(tmp_path: Path) -> None:
