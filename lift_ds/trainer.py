@@ -245,7 +245,10 @@ def _first_batches(loader: Any, config: LiftConfig, device: torch.device) -> lis
     size = loader.batch_size or 1
     rows = list(islice(loader.dataset, size * config.gradient_batches))
     batches = [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
-    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    return [
+        {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        for batch in batches
+    ]
 
 
 def _deepspeed_file(args: TrainingArguments) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class GradientMeter:
             layer: torch.zeros(layer.shape(), device=layer.principal_values.device) for layer in wanted.values()
         }
         try:
-            with torch.random.fork_rng(), torch.enable_grad(), watchdog.during("measuring gradients"):
+            with _random_numbers_apart(), torch.enable_grad(), watchdog.during("measuring gradients"):
                 torch.manual_seed(self._seed)
                 for batch in self._batches:
                     # Not `backward`: the gradients of θ are zeros here, and nobody is to reduce or keep them.
@@ -111,6 +112,14 @@ class GradientMeter:
                     data = batch[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
                     found = zlib.crc32(data.numpy(), found)
         return found
+
+
+def _random_numbers_apart() -> AbstractContextManager[None]:
+    """Leave the random numbers of the host and of this rank's accelerator as they were."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[torch.accelerator.current_device_index()], device_type=accelerator.type)
 
 
 def groups_of(entries: Sequence[int], most: int) -> list[slice]:
