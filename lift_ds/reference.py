@@ -113,7 +113,7 @@ class ReferenceLift:
         self.masks = self._select(self.weights)
 
     def _select(self, names: Iterable[str]) -> dict[str, Tensor]:
-        gradients = self.gradients()
+        gradients = self.gradients() if self.config.criterion == "gradient" else {}
         return {name: self._mask(name, gradients.get(name)) for name in names}
 
     def _mask(self, name: str, gradient: Tensor | None) -> Tensor:
