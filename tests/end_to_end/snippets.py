@@ -40,6 +40,7 @@ LIMIT = 120
 AFTER = {
     "README.md:trainer": "trainer.train()",
     "docs/your_own_script.md:class": "trainer.add_callback(lift_ds.LiftCallback()); trainer.train()",
+    "docs/settings.md:gradient": "model(**batches[0]).loss.backward(); optimizer.step()",
     "docs/your_own_script.md:bind": "engine.backward(engine(**batches[0]).loss); engine.step()",
 }
 
@@ -47,7 +48,7 @@ AFTER = {
 DISTRIBUTED = {"README.md:deepspeed", "docs/your_own_script.md:deepspeed", "docs/your_own_script.md:bind"}
 
 #: Blocks that train nothing.
-NOT_TRAINING = {"docs/your_own_script.md:config", "docs/evaluation.md:evaluate"}
+NOT_TRAINING = {"docs/your_own_script.md:config", "docs/evaluation.md:evaluate", "docs/settings.md:criterion"}
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -82,6 +83,9 @@ def begun(block: Block, names: dict[str, Any]) -> dict[str, Any]:
     if block.page == "docs/evaluation.md":
         Path("skill.json").write_text(json.dumps([{"instruction": "t2 t3", "answer": "4"}]))
         Path("held_out.json").write_text(json.dumps([{"prompt": "t2 t3", "completion": "t4"}]))
+        return names | {"model": transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])}
+    if block.page == "docs/settings.md":
+        exec("import lift_ds", names)
         return names | {"model": transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])}
     exec(config_of(block.page), names)
     if block.name == "class":

@@ -1,6 +1,6 @@
 """Compiles the Triton kernel for GPUs that need not be there, by the functions that launch it.
 
-python compile_kernels.py FOLDER     FOLDER/TARGET.json: {form: what the kernel takes of a GPU, or an error}
+python compile_kernels.py FOLDER TARGET...     FOLDER/TARGET.json: {form: what the kernel takes of a GPU, or an error}
 
 Gathers and puts run as in training, down to the launch itself, which is left out. Beside each form that is compiled
 stands how many more were compiled for tensors that begin at an odd element: none, or a training would compile again
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,9 +195,9 @@ def compile_for(target: str, folder: Path) -> None:
     (folder / f"{target}.json").write_text(json.dumps({str(form): compiled(form, driver) for form in forms()}))
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, targets: Sequence[str]) -> int:
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=compile_for, args=(target, folder)) for target in TARGETS]
+    processes = [fork.Process(target=compile_for, args=(target, folder)) for target in targets]
     for process in processes:
         process.start()
     for process in processes:
@@ -206,4 +206,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
