@@ -1,4 +1,5 @@
-"""Pins down that every ZeRO stage on 1, 2 and 4 ranks is Algorithm 1: the trajectory of `reference.py`.
+"""Pins down that every ZeRO stage on 1 and 2 ranks, and stages 2 and 3 on 4, are Algorithm 1: the trajectory of
+`reference.py`.
 
 Indices are compared exactly. Losses and weights are compared to 1e-6 relative (weights by norm): the ranks add up
 gradients in another order than one process does, which moves float32 sums by about 1e-7, and Adam's division passes
@@ -103,6 +104,8 @@ def test_every_stage_and_world_size_follows_the_reference(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_ranks_hold_the_same_weights_and_indices(ranks: list[dict[str, Any]], stage: int) -> None:
+    if ("llama", stage) not in cases.parity_runs(len(ranks)):
+        pytest.skip(f"not run on {len(ranks)} ranks")
     first = ranks[0][f"llama stage {stage}"]
     for other in (rank[f"llama stage {stage}"] for rank in ranks[1:]):
         assert all(torch.equal(first["weights"][name], other["weights"][name]) for name in first["weights"])
