@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ SKILL = Study(
     limit=60,
 )  # fmt: skip
 
-MATH = Study(
+MATH = replace(
+    SKILL,
     name="math",
     tasks=(
         Task(
@@ -176,15 +177,6 @@ MATH = Study(
         ),
     ),
     methods=MAIN,
-    tuning_seed=0,
-    counted_seeds=(1, 2, 3, 4),
-    flags=_FLAGS,
-    evaluation=_EVALUATION,
-    texts=24,
-    window=400,
-    prompts=24,
-    commonsense=_COMMONSENSE,
-    limit=60,
 )  # fmt: skip
 
 #: Whether everything works, in a minute, on a model as small as one likes; it says nothing of the methods.
