@@ -148,7 +148,7 @@ class LiftConfig:
         f"Which entries are trained: {', '.join(CRITERIA)}",
         '`"principal"`: the largest of the low-rank approximation, which is LIFT. `"magnitude"`: the largest of the '
         'matrix itself. `"smallest"`: the smallest of the approximation. `"random"`: drawn by the seed, the same ones '
-        'at every refresh. `"gradient"`: the largest mean |dL/dW| of some batches. You can add '
+        'at every refresh. `"gradient"`: the largest mean of abs(dL/dW) over some batches. You can add '
         "one: see [Criteria](#criteria-which-entries).",
     )
     gradient_batches: int = _setting(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lift_ds.config import LiftConfig
 from lift_ds.planner.formulas import LOW
 from lift_ds.planner.models import ModelFacts
-from lift_ds.refresh.schedule import RefreshPlan, held_bytes, plan_refresh
+from lift_ds.refresh.schedule import RefreshPlan, gradient_bytes, held_bytes, plan_refresh
 from lift_ds.selection import MatrixSize, selection_cost
 from lift_ds.selection.memory import carry_memory, selection_memory
 
@@ -67,7 +67,8 @@ def refresh_work(facts: ModelFacts, config: LiftConfig, ranks: int, stage: int) 
     return RefreshWork(
         matrices=[len(plan.jobs_of(rank)) for rank in range(owners)] * (ranks // owners),
         parts=[[sum(cost[name] for name in own) for own in jobs] * (ranks // owners) for jobs in plan.parts.values()],
-        memory=max(_memory(jobs, sizes, plan, collected) for jobs in plan.parts.values()),
+        memory=gradient_bytes(sizes.values(), config)
+        + max(_memory(jobs, sizes, plan, collected) for jobs in plan.parts.values()),
     )
 
 

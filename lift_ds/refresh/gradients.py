@@ -28,8 +28,8 @@ def select_by_gradients(model: nn.Module, batches: Iterable[Batch], loss: Loss =
         loss: of the model on a batch; by default the one that the model itself computes from labels.
 
     Raises:
-        ValueError: the criterion is another one, no optimizer is built, there are no batches, or the ranks have
-            different ones.
+        ValueError: the criterion is another one, no optimizer is built, there are no batches, the ranks have different
+            ones, or a batch gives no loss.
     """
     attachment = require_attachment(model)
     if not attachment.needs_gradients:
@@ -44,7 +44,11 @@ def select_by_gradients(model: nn.Module, batches: Iterable[Batch], loss: Loss =
         raise ValueError("there are no batches to measure gradients on; give at least one")
     attachment.gradients = meter
     if attachment.driver.applied_steps == 0:
-        attachment.driver.select_now()
+        try:
+            attachment.driver.select_now()
+        except BaseException:
+            attachment.gradients = None  # nothing was selected by them, so training is still refused
+            raise
 
 
 def in_groups(jobs: Jobs, attachment: Attachment) -> list[Jobs]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lift_ds.config import LiftConfig
@@ -91,13 +91,24 @@ def plan_refresh(
         for jobs in parts.values()
         for own in jobs
     )
-    entries, measured = [size.entries for size in sizes.values()], 0
-    if criterion_named(config.criterion).gradient:
-        measured = 4 * min(gradient_entries(max(entries), config.refresh_memory_gib), sum(entries))
+    measured = gradient_bytes(sizes.values(), config)
     for name, size in sizes.items():
         reserved = measured + held + (size.bytes if collected else 0)
         settings[name] = bounded(name, size, settings[name], config.refresh_memory_gib, reserved=reserved, held=held)
     return RefreshPlan(config.refresh_interval, parts, settings)
+
+
+def gradient_bytes(sizes: Iterable[MatrixSize], config: LiftConfig) -> int:
+    """Return what the gradients take that are held while a rank selects; 0 for criteria that do not look at them.
+
+    Args:
+        sizes: of all matrices.
+        config: gives the criterion and the bound on memory.
+    """
+    if not criterion_named(config.criterion).gradient:
+        return 0
+    entries = [size.entries for size in sizes]
+    return 4 * min(gradient_entries(max(entries), config.refresh_memory_gib), sum(entries))
 
 
 def _deal(names: Sequence[str], costs: Mapping[str, int], ranks: int, first: int) -> Jobs:

@@ -21,7 +21,7 @@ class SelectionSettings:
         lra_rank: r; where r >= min(m, n) the matrix itself is ranked.
         solver: "svd", "gram", "chebyshev" or "auto".
         tolerance: share of k in which "chebyshev" may differ from the others.
-        seed: of the random vectors that "chebyshev" begins with.
+        seed: of the random vectors that "chebyshev" begins with, and of the criterion "random".
         block_shape: of the blocks that are selected by the sum of their magnitudes; (1, 1) for single entries.
         tile_entries: entries of W' that are formed at a time.
         criterion: by which score entries are selected.

@@ -153,6 +153,11 @@ def test_every_criterion_trains_on_two_ranks_as_the_reference(two_ranks: list[di
         assert_same_training(two_ranks[0][f"{criterion} stage {stage}"], expected)
 
 
+def test_gradients_on_different_batches_are_refused_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        assert rank["other batches"].startswith("the ranks measure gradients on different batches")
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_blocks_that_are_refreshed_in_turns_follow_the_reference(two_ranks: list[dict[str, Any]], stage: int) -> None:
     run = two_ranks[0][f"blocks stage {stage}"]

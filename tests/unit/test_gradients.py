@@ -131,6 +131,8 @@ def test_what_is_refused() -> None:
         lift_ds.select_by_gradients(model, [])
     with pytest.raises(ValueError, match="gives no loss"):
         lift_ds.select_by_gradients(model, [{"input_ids": BATCHES[0]["input_ids"]}])
+    with pytest.raises(RuntimeError, match=r"selects by gradients"):  # still
+        cases.loss_of(model, "llama", 0)
     other, _ = trained_model(cases.PARITY)
     with pytest.raises(ValueError, match="criterion='principal' does not look at gradients"):
         lift_ds.select_by_gradients(other, BATCHES)

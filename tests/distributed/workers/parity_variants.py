@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 import engines
 import torch
+import torch.distributed as dist
 from parity import run
 
 import lift_ds
@@ -38,6 +39,17 @@ def run_clipped_plain() -> dict[str, Any]:
     return {"losses": losses}
 
 
+def refusal_of_other_batches() -> str:
+    """What is said when the ranks give different batches to measure gradients on."""
+    model = lift_ds.attach(cases.build("llama"), replace(cases.PARITY, criterion="gradient"))
+    lift_ds.LiftAdamW(model)
+    try:
+        lift_ds.select_by_gradients(model, cases.gradient_batches()[dist.get_rank() :])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     engines.start()
     results: dict[str, Any] = {"clipped plain": run_clipped_plain()}
@@ -55,6 +67,7 @@ if __name__ == "__main__":
         for stage in stages:
             settings = replace(cases.PARITY, criterion=criterion)
             results[f"{criterion} stage {stage}"] = run("llama", stage, settings=settings)
+    results["other batches"] = refusal_of_other_batches()
     for stage in (0, 2, 3):
         results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
     for stage in range(4):
