@@ -53,7 +53,7 @@ def selections(model: PreTrainedModel, config: LiftConfig, batches: list[Batch])
     if config.criterion == "gradient":
         lift_ds.LiftAdamW(model)
         lift_ds.select_by_gradients(model, batches)
-    found = {name: layer.principal_index.clone() for name, layer in require_attachment(model).layers.items()}
+    found = {name: layer.principal_index.clone() for name, layer in require_attachment(model).weights.items()}
     lift_ds.detach(model)
     return found
 

@@ -30,7 +30,7 @@ from benchmarks.measure.counting import Ledger, allocated_peak
 from benchmarks.measure.models import ds_config
 from benchmarks.measure.ranks import run_on_ranks
 from benchmarks.measure.records import RESULTS, Record, exit_code, judged, print_budgets, write_results
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.refresh.store import NewIndex
 from lift_ds.selection import selection_cost
 from lift_ds.selection.memory import carry_memory
@@ -81,7 +81,7 @@ def run(case: Case) -> Record:
     driver = engine.optimizer.driver
     costs = {
         name: selection_cost(*_shape(case, layer), case.lra_rank, driver.plan.settings[name].solver)
-        for layer, name in enumerate(driver.attachment.layers)
+        for layer, name in enumerate(driver.attachment.weights)
     }
     own = driver.plan.jobs_of(dist.get_rank())
     return {
@@ -115,7 +115,7 @@ def _carry_bytes(engine: Any, case: Case) -> float:
     store, found = engine.optimizer.driver.store, []
     carry = store.carry
 
-    def measured(new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+    def measured(new: Sequence[tuple[PrincipalWeight, NewIndex]]) -> int:
         replaced: list[int] = []
         peak = allocated_peak(lambda: replaced.append(carry(new)))
         waiting = sum(one.words.nbytes + (0 if one.current is None else one.current.nbytes) for _, one in new)

@@ -19,7 +19,7 @@ TRAIN_DEFAULTS_BLOCK = "train_defaults"
 #: Named sets of target modules. A preset has to match at least one module of the model.
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     # The variant of the paper (section 5) that trains the feed-forward matrices alone.
-    "LIFT_MLP": ("gate_proj", "up_proj", "down_proj"),
+    "LIFT_MLP": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
 
 #: Solvers of the low-rank step; "auto" takes the faster of the last two for each matrix.

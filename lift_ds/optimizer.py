@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lift_ds.model.attachment import Attachment, require_attachment
-from lift_ds.model.layers import VALUES
 from lift_ds.model.partition import logical_shape
+from lift_ds.model.weights import VALUES
 from lift_ds.refresh.carry import EXP_AVG
 from lift_ds.refresh.driver import Driver
 from lift_ds.refresh.store import DenseStore
@@ -94,28 +94,29 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
 
     Args:
         optimizer: any Adam of torch.
-        attachment: the managed layers.
+        attachment: the managed weights.
 
     Returns:
         The driver, and the handle that removes it.
     """
     driver = Driver(attachment, DenseStore(optimizer), optimizer)
-    values = {id(layer.principal_values) for layer in attachment.layers.values()}
+    trained = {id(weight.principal_values) for weight in attachment.weights.values()}
 
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for layer in attachment.layers.values():
-            moments = optimizer.state.get(layer.principal_values)
-            if moments and moments[EXP_AVG].dtype != layer.principal_values.dtype:
+        for weight in attachment.weights.values():
+            values = weight.principal_values
+            moments = optimizer.state.get(values)
+            if moments and moments[EXP_AVG].dtype != values.dtype:
                 raise RuntimeError(
-                    f"the model was cast to {layer.principal_values.dtype} after its first step, while the optimizer's "
-                    f"moments are {moments[EXP_AVG].dtype}; cast it before lift_ds.attach"
+                    f"the model was cast to {values.dtype} after its first step, while the optimizer's moments are "
+                    f"{moments[EXP_AVG].dtype}; cast it before lift_ds.attach"
                 )
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # torch's GradScaler lets a fused kernel skip by itself
         if found_inf is not None and found_inf.item():
             return
-        if any(id(p) in values for group in optimizer.param_groups for p in group["params"]):
+        if any(id(p) in trained for group in optimizer.param_groups for p in group["params"]):
             driver.step_applied()
         elif attachment.reached:  # before the first gradient it is DeepSpeed that sets up its states
             raise RuntimeError(

@@ -186,7 +186,7 @@ CASES = {
             "model_type": "llava", "text_config": {"model_type": "llama", **LLAMA}, "vision_config": _CLIP,
             "image_token_index": 49,
         },
-        "LlavaForConditionalGeneration", key_value=8, said=(f"26 of 47 {OUTSIDE}",),
+        "LlavaForConditionalGeneration", key_value=8, said=(f"27 of 48 {OUTSIDE}",),
     ),
     "qwen2_vl": Case(
         {"model_type": "qwen2_vl", **LLAMA, **_SMALL_IDS, "vision_config": _QWEN_VISION},

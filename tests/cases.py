@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lift_ds
 
@@ -54,6 +54,35 @@ def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForC
     }
     torch.manual_seed(1)
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).to(dtype)
+
+
+#: Small mixtures of experts, each with another way to compute its experts: what the matrices are and how they are read.
+EXPERTS = {"mixtral": "eager", "qwen3_moe": "batched_mm", "gpt_oss": "grouped_mm"}
+
+
+def small_experts(kind: str, implementation: str | None = None) -> nn.Module:
+    """A mixture of experts of two layers with the same weights at every call."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    own: dict[str, Any] = {
+        "mixtral": {"num_local_experts": 4},
+        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        "gpt_oss": {
+            "num_local_experts": 4,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    }[kind]
+    torch.manual_seed(4)
+    settings = AutoConfig.for_model(kind, **sizes, **own)
+    model = AutoModelForCausalLM.from_config(settings, experts_implementation=implementation or EXPERTS[kind])
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            nn.init.normal_(parameter, std=0.2)  # as small as transformers draws them, nothing would depend on them
+    return model
 
 
 def token_batch(step: int) -> Tensor:
@@ -116,6 +145,8 @@ def loss_of(model: nn.Module, kind: str, step: int, rows: slice = slice(None)) -
 
 def build(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A "llama" or "matrices" model with the same weights at every call."""
+    if kind in EXPERTS:
+        return small_experts(kind).to(dtype)
     return Matrices() if kind == "matrices" else small_llama(dtype)
 
 

@@ -110,7 +110,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 def indices_of(model: nn.Module) -> dict[str, Tensor]:
     """Return name of the layer -> its principal index on the host, int64; of one rank alone."""
     found = {}
-    for name, layer in require_attachment(model).layers.items():
+    for name, layer in require_attachment(model).weights.items():
         with gathered([layer.principal.index.words]):
             found[name] = layer.principal_index.long().cpu()
     return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lift_ds.model.layers import principal_layers
+from lift_ds.model.weights import principal_weights
 from lift_ds.planner.formulas import GRADIENTS, INDEX, MASTER, MOMENTS, TRAINED, UNMANAGED, WEIGHTS
 
 #: Linear layers of a Llama that all methods work on; PEFT calls the original one `base_layer`.
@@ -34,7 +34,7 @@ def managed_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def index_parameters(model: nn.Module) -> list[Any]:
     """Return the parameters that are the principal indices; none without LIFT."""
-    return [layer.principal.index.words for _, layer in principal_layers(model)]
+    return [layer.principal.index.words for _, layer in principal_weights(model)]
 
 
 def index_shards(engine: Any) -> list[Tensor]:

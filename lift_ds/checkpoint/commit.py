@@ -320,8 +320,12 @@ def _require_layout(directory: Folder, description: Description, layout: Layout)
 def _belonging(model: nn.Module) -> Description:
     attachment = require_attachment(model)
     matrices = {
-        name: {"shape": list(logical_shape(layer.weight)), "entries": layer.entries()}
-        for name, layer in attachment.layers.items()
+        name: {
+            "shape": list(logical_shape(weight.weight)),
+            "entries": weight.entries(),
+            **({"matrices": weight.matrices} if weight.matrices > 1 else {}),
+        }
+        for name, weight in attachment.weights.items()
     }
     return {"config": attachment.config.to_dict(), "matrices": matrices}
 

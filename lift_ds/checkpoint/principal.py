@@ -13,10 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lift_ds.model.attachment import require_attachment
-from lift_ds.model.layers import PRINCIPAL_KEYS
+from lift_ds.model.attachment import principal_keys, require_attachment
 
-#: Name of the file: θ and the words of I of each managed layer, by their names in the model's state dict.
+#: Name of the file: θ and the words of I of each managed weight, by their names in the model's state dict.
 FILE = "lift_principal.safetensors"
 
 
@@ -52,7 +51,8 @@ def restore(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    layers = require_attachment(model).layers
-    return {
-        f"{name}.{key}": layer.get_parameter(key).detach() for name, layer in layers.items() for key in PRINCIPAL_KEYS
-    }
+    found: dict[str, Tensor] = {}
+    for weight in require_attachment(model).weights.values():
+        values, words = weight.principal.values, weight.principal.index.words
+        found |= zip(principal_keys(weight), (values.detach(), words.detach()), strict=True)
+    return found

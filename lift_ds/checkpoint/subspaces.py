@@ -54,7 +54,7 @@ def restore(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     attachment = require_attachment(model)
     driver = attachment.driver
-    own = set(attachment.layers) if driver is None else set(driver.plan.jobs_of(driver.store.rank))
+    own = set(attachment.matrices) if driver is None else set(driver.plan.jobs_of(driver.store.rank))
     paths = sorted(Path(directory).glob(PATTERN))
     attachment.subspaces = {name: tensor for path in paths for name, tensor in _read(path, own)}
 

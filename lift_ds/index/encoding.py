@@ -11,10 +11,14 @@ blocks, p * q times fewer numbers. I stays the positions of its entries, in asce
 
     I of one row of blocks, p = 2, q = 2      entry 0 1 | 2 3        row i of the p: the c blocks of this row of
     with the blocks at columns 0 and 2        entry 4 5 | 6 7        blocks, q entries each, one after the other
+
+A stack of E matrices [m, n] is stored as the one matrix [E * m, n] that it is in memory. The first k entries of its
+index lie in the first m rows, the next k in the next m rows, and so on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +26,8 @@ from torch import Tensor
 
 #: Widest grid whose columns, and whose blocks in a row, are 16-bit numbers.
 MAX_NARROW = 2**16 - 1
+#: Most entries whose flat positions are 32-bit numbers.
+MAX_POSITIONS = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,24 @@ class IndexLayout:
     """What the words of one matrix's index mean.
 
     Args:
-        rows: m, a multiple of p.
+        rows: m, a multiple of p; of a stack those of all its matrices.
         columns: n, a multiple of q.
-        entries: k, a multiple of p * q.
+        entries: k, a multiple of p * q; of a stack those of all its matrices.
         block_shape: (p, q).
+        matrices: E, of a stack; rows and entries are the same in each of them.
     """
 
     rows: int
     columns: int
     entries: int
     block_shape: tuple[int, int] = (1, 1)
+    matrices: int = 1
 
     def __post_init__(self) -> None:
         p, q = self.block_shape
-        assert self.rows % p == 0, f"blocks of {p} rows do not fill {self.rows}"
+        assert self.rows % (p * self.matrices) == 0, f"blocks of {p} rows do not fill {self.rows} / {self.matrices}"
         assert self.columns % q == 0, f"blocks of {q} columns do not fill {self.columns}"
-        assert self.entries % (p * q) == 0, f"{self.entries} entries are no whole number of {p} x {q} blocks"
+        assert self.entries % (p * q * self.matrices) == 0, f"{self.entries} entries are no whole {p} x {q} blocks"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,6 +68,16 @@ class IndexLayout:
     def wide(self) -> bool:
         """Whether the words are the flat positions of the blocks in the grid."""
         return self.grid[1] > MAX_NARROW
+
+    @property
+    def long(self) -> bool:
+        """Whether flat positions need 64 bits."""
+        return self.rows * self.columns > MAX_POSITIONS
+
+    @property
+    def of_one(self) -> IndexLayout:
+        """That of one matrix of the stack."""
+        return IndexLayout(self.rows // self.matrices, self.columns, self.entries // self.matrices, self.block_shape)
 
     def word_count(self) -> int:
         """Return how many int32 words store the index."""
@@ -79,12 +97,13 @@ class CompactIndex:
     layout: IndexLayout
 
     def positions(self) -> Tensor:
-        """Return I, int32 [k], ascending; no synchronisation of the device."""
+        """Return I [k], ascending, int32 or where the layout is long int64; no synchronisation of the device."""
         layout = self.layout
         if layout.wide and layout.block_shape == (1, 1):
             return self.words
         counts = self.block_starts().diff() if layout.wide else self._numbers(0, layout.grid[0])
-        return _expand(counts, self._block_columns(0, layout.blocks), layout)
+        columns = self._block_columns(0, layout.blocks)
+        return _expand(counts.long(), columns.long(), layout) if layout.long else _expand(counts, columns, layout)
 
     def positions_in_rows(self, rows: slice, blocks: slice) -> Tensor:
         """Return the positions in some rows of blocks, counted from the first entry of these rows.
@@ -108,6 +127,22 @@ class CompactIndex:
         starts = self.words.new_zeros(grid_rows + 1)
         torch.cumsum(self._numbers(0, grid_rows), 0, dtype=torch.int32, out=starts[1:])
         return starts
+
+    def of_matrix(self, number: int) -> CompactIndex:
+        """Return the index of one matrix of a stack, a copy; its positions count from the first entry of the matrix."""
+        one, whole = self.layout.of_one, self.layout
+        if whole.matrices == 1:
+            return self
+        blocks = slice(one.blocks * number, one.blocks * (number + 1))
+        if whole.wide:
+            return CompactIndex(self.words[blocks] - number * one.grid[0] * one.grid[1], one)
+        halves = self.words.view(torch.int16)
+        counts, columns = halves[: whole.grid[0]], halves[whole.grid[0] :]
+        words = self.words.new_zeros(one.word_count())
+        own = words.view(torch.int16)
+        own[: one.grid[0]] = counts[one.grid[0] * number : one.grid[0] * (number + 1)]
+        own[one.grid[0] : one.grid[0] + one.blocks] = columns[blocks]
+        return CompactIndex(words, one)
 
     def to(self, device: torch.device) -> CompactIndex:
         """Return it on another device."""
@@ -154,6 +189,30 @@ def encode(index: Tensor, rows: int, columns: int, block_shape: tuple[int, int] 
     return halves.view(torch.int32)
 
 
+def stacked(words: Sequence[Tensor], layout: IndexLayout) -> Tensor:
+    """Return the words of a stack.
+
+    Args:
+        words: of each of its matrices, as `encode` gives them.
+        layout: of the stack.
+
+    Returns:
+        int32 [layout.word_count()]; where there is one matrix, its own words.
+    """
+    one = layout.of_one
+    assert len(words) == layout.matrices, f"{len(words)} of {layout.matrices} matrices"
+    if layout.matrices == 1:
+        return words[0]
+    if layout.wide:
+        return torch.cat([own + number * one.grid[0] * one.grid[1] for number, own in enumerate(words)])
+    halves = [own.view(torch.int16) for own in words]
+    whole = words[0].new_zeros(layout.word_count())
+    parts = [own[: one.grid[0]] for own in halves]
+    parts += [own[one.grid[0] : one.grid[0] + one.blocks] for own in halves]
+    torch.cat(parts, out=whole.view(torch.int16)[: layout.grid[0] + layout.blocks])
+    return whole
+
+
 def _blocks_of(index: Tensor, layout: IndexLayout) -> Tensor:
     """Return the positions of the blocks in the grid, [blocks], ascending, for those of their entries."""
     p, q = layout.block_shape
@@ -175,12 +234,12 @@ def _expand(counts: Tensor, columns: Tensor, layout: IndexLayout) -> Tensor:
     """Turn rows of blocks into positions, counted from the first entry of these rows.
 
     Args:
-        counts: int32 [rows of blocks], blocks in each.
-        columns: int32 [blocks], of each block in the grid.
+        counts: [rows of blocks], blocks in each, int32, or int64 for positions that need it.
+        columns: [blocks], of each block in the grid, of the same dtype.
         layout: of the index.
 
     Returns:
-        int32 [blocks * p * q], ascending.
+        [blocks * p * q], ascending, of the same dtype.
     """
     (p, q), blocks = layout.block_shape, columns.numel()
     if p > 1:
@@ -197,12 +256,12 @@ def _expand_tall(counts: Tensor, columns: Tensor, layout: IndexLayout) -> Tensor
     segments = counts.repeat_interleave(p, output_size=rows)  # in each row of the matrix
     row = torch.repeat_interleave(segments, output_size=columns.numel() * p)
     # The p rows of a row of blocks all read the columns of its blocks: how far back from the segment they stand.
-    starts = counts.cumsum(0, dtype=torch.int32) - counts
-    back = segments.cumsum(0, dtype=torch.int32) - segments - starts.repeat_interleave(p, output_size=rows)
-    block = torch.arange(row.numel(), dtype=torch.int32, device=row.device) - back[row]
+    starts = counts.cumsum(0, dtype=counts.dtype) - counts
+    back = segments.cumsum(0, dtype=counts.dtype) - segments - starts.repeat_interleave(p, output_size=rows)
+    block = torch.arange(row.numel(), dtype=columns.dtype, device=row.device) - back[row]
     return _rows_of_blocks(torch.add(columns[block] * q, row, alpha=layout.columns), q)
 
 
 def _rows_of_blocks(first: Tensor, q: int) -> Tensor:
     """Return q positions from each first one on."""
-    return (first[:, None] + torch.arange(q, dtype=torch.int32, device=first.device)).view(-1)
+    return (first[:, None] + torch.arange(q, dtype=first.dtype, device=first.device)).view(-1)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 from torch import nn
 
 from lift_ds.config import USUAL_DENSITY, LiftConfig
+from lift_ds.index.encoding import MAX_NARROW, MAX_POSITIONS
 from lift_ds.model.attachment import Attachment, attachment_of, erase, record, require_attachment
-from lift_ds.model.first_selection import Principal, reserved, select_first
-from lift_ds.model.layers import PRINCIPAL, PrincipalLayer, managed_class, unmanage
+from lift_ds.model.first_selection import FrozenWeight, Principal, layout_of, reserved, select_first
+from lift_ds.model.kinds import manage, unmanage
 from lift_ds.model.parameters import PrincipalSet
 from lift_ds.model.partition import logical_shape, partition_of
-from lift_ds.model.targets import Targets, find_targets, unmanaged_summary
+from lift_ds.model.targets import Target, Targets, find_targets, reserved_weights, unmanaged_summary
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.model.wrappers import refuse_before_attach
 from lift_ds.runtime.logs import get_logger
 from lift_ds.selection.blocks import divides
@@ -24,8 +26,8 @@ from lift_ds.selection.select import fallback_note
 
 logger = get_logger()
 
-#: Flat positions are stored as int32.
-_MAX_ENTRIES = 2**31 - 1
+#: Share of the weights beside embeddings and head below which a log line names what is not managed.
+_ENOUGH = 0.95
 
 #: Share of the managed entries above which a log line says how to train fewer.
 _LARGE_SHARE = 0.2
@@ -34,9 +36,10 @@ _LARGE_SHARE = 0.2
 def attach(model: nn.Module, config: LiftConfig, *, resume: bool = False) -> nn.Module:
     """Make a model train its principal weights and nothing else, in place.
 
-    Each managed layer changes its class, keeps its `weight` (frozen) and gains `principal.values` θ [k]
+    Each layer with a managed weight changes its class, keeps its `weight` (frozen) and gains `principal.values` θ [k]
     (trainable, float32 until DeepSpeed casts it) and `principal.index` I [k] (frozen), selected from the weights as
-    they are now.
+    they are now. A weight of another name, such as the stack `down_proj` of some experts, has them in
+    `down_proj_principal`; each matrix of a stack is selected in by itself.
 
     Where torch.distributed has several ranks, all of them call, with the same weights: each selects in its share of the
     matrices (`first_selection`). Works under `deepspeed.zero.Init` too: then each weight is gathered to the rank that
@@ -86,24 +89,25 @@ def _attach(model: nn.Module, config: LiftConfig, *, select: bool, dry: bool) ->
         raise ValueError(f"LIFT is attached to this {type(model).__name__} already; call lift_ds.detach(model) first")
     refuse_before_attach(model)
     targets = find_targets(model, config)
-    weights = {name: module.weight for name, module in targets.layers.items()}
-    for name, weight in weights.items():
-        _check_weight(name, weight, config, dry=dry)
-    left_out = unmanaged_summary(model, targets) if config.target_modules is None else []
+    for target in targets.weights.values():
+        _check_weight(target, config, dry=dry)
+    covered = _covered(model, targets)
+    left_out = unmanaged_summary(model, targets) if config.target_modules is None and covered < _ENOUGH else []
 
+    layouts = {name: layout_of(target.sizes, config) for name, target in targets.weights.items()}
+    frozen = {name: FrozenWeight(target.weight, layouts[name]) for name, target in targets.weights.items()}
     if select:
-        found, fell_back = select_first(weights, config)
+        found, subspaces, fell_back = select_first(frozen, config)
     else:
-        found, fell_back = {name: reserved(weight, config) for name, weight in weights.items()}, 0
-    subspaces = {name: one.subspace for name, one in found.items() if one.subspace is not None}
+        found, subspaces, fell_back = {name: reserved(weight) for name, weight in frozen.items()}, {}, 0
     required_grad = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in targets.dense)
     everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
-    layers = {name: _manage(module, found.pop(name)) for name, module in targets.layers.items()}
-    attachment = Attachment(config, layers, required_grad, subspaces=subspaces, selected=select or dry)
+    weights = _manage_all(targets.weights, found)
+    attachment = Attachment(config, weights, required_grad, subspaces=subspaces, selected=select or dry)
     record(model, attachment)
-    _log_attachment(attachment, everything, len(targets.dense), fell_back)
+    _log_attachment(attachment, covered, everything, len(targets.dense), fell_back)
     _log_targets(targets, left_out)
     return model
 
@@ -129,52 +133,66 @@ def detach(model: nn.Module) -> nn.Module:
     """
     attachment = require_attachment(model)
     erase(model)
-    for layer in attachment.layers.values():
-        unmanage(layer)
+    for module in dict.fromkeys(weight.module for weight in attachment.weights.values()):
+        unmanage(module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in attachment.required_grad)
     return model
 
 
-def _check_weight(name: str, weight: Any, config: LiftConfig, *, dry: bool) -> None:
-    rows, columns = logical_shape(weight)
+def _check_weight(target: Target, config: LiftConfig, *, dry: bool) -> None:
+    name, weight, (matrices, rows, columns) = target.full_name, target.weight, target.sizes
+    one = f"{name} [{rows}, {columns}]" if matrices == 1 else f"each matrix of {name} [{matrices}, {rows}, {columns}]"
     if not divides(config.block_shape, (rows, columns)):
         raise ValueError(
-            f"block_shape={config.block_shape}: {name}.weight [{rows}, {columns}] does not consist of whole blocks; "
+            f"block_shape={config.block_shape}: {one} does not consist of whole blocks; "
             "name other target_modules, or leave block_shape out to select single entries"
         )
-    entries = rows * columns
-    if entries > _MAX_ENTRIES:
-        raise ValueError(f"{name}.weight has {entries:,} entries; LIFT manages up to {_MAX_ENTRIES:,} a matrix")
+    entries = rows * columns * (matrices if columns // config.block_shape[1] > MAX_NARROW else 1)
+    if entries > MAX_POSITIONS:
+        raise ValueError(f"{name} has {entries:,} entries; LIFT manages up to {MAX_POSITIONS:,} a matrix")
     if weight.is_meta and not dry:
-        raise ValueError(f"{name}.weight is on the meta device; load the weights before lift_ds.attach")
+        raise ValueError(f"{name} is on the meta device; load the weights before lift_ds.attach")
     if dry and not weight.is_meta:
-        raise ValueError(f"{name}.weight is on {weight.device}; lift_ds.attach selects in weights that are there")
+        raise ValueError(f"{name} is on {weight.device}; lift_ds.attach selects in weights that are there")
     if not weight.is_contiguous():
-        raise ValueError(
-            f"{name}.weight is not contiguous; LIFT writes into it by flat position, so store it contiguously"
-        )
+        raise ValueError(f"{name} is not contiguous; LIFT writes into it by flat position, so store it contiguously")
 
 
-def _manage(module: Any, found: Principal) -> PrincipalLayer:
-    module.__class__ = managed_class(type(module))
-    assert isinstance(module, PrincipalLayer)
-    principal = PrincipalSet(found.values, found.words, found.layout)
-    module.add_module(PRINCIPAL, principal)
-    partition_of(module.weight).partition_like(module.weight, [principal.values, principal.index.words])
-    return module
+def _manage_all(targets: Mapping[str, Target], found: dict[str, Principal]) -> dict[str, PrincipalWeight]:
+    """Give the modules the classes that manage their weights, and θ and I."""
+    weights: dict[str, PrincipalWeight] = {}
+    of_modules: dict[nn.Module, list[PrincipalWeight]] = {}
+    for name, target in targets.items():
+        weights[name] = PrincipalWeight(name, target.module, target.parameter)
+        of_modules.setdefault(target.module, []).append(weights[name])
+    for module, own in of_modules.items():
+        manage(module, own)
+        for weight in own:
+            start = found.pop(weight.name)
+            principal = PrincipalSet(start.values, start.words, start.layout)
+            module.add_module(weight.principal_name, principal)
+            partition_of(weight.weight).partition_like(weight.weight, [principal.values, principal.index.words])
+    return weights
 
 
-def _log_attachment(attachment: Attachment, everything: int, dense: int, fell_back: int) -> None:
-    config, shapes = attachment.config, [logical_shape(layer.weight) for layer in attachment.layers.values()]
+def _covered(model: nn.Module, targets: Targets) -> float:
+    """Return what share of the weights beside embeddings and head is in the managed matrices."""
+    ends = reserved_weights(model)
+    beside = sum(logical_shape(p).numel() for p in model.parameters() if id(p) not in ends)
+    return sum(math.prod(target.sizes) for target in targets.weights.values()) / beside
+
+
+def _log_attachment(attachment: Attachment, covered: float, everything: int, dense: int, fell_back: int) -> None:
+    config, shapes = attachment.config, [matrix.weight.shape() for matrix in attachment.matrices.values()]
     total, entries = sum(shape.numel() for shape in shapes), attachment.entries()
     budget = f"budget_rank {config.budget_rank}" if config.budget_rank is not None else f"density {config.density:g}"
     chosen = f"lra_rank {config.lra_rank}" if config.criterion == "principal" else f"criterion {config.criterion}"
     logger.info(
         "LIFT manages %d matrices, %s of %s entries (%.2f%%); %s, %s, refresh every %d steps; "
-        "%.2f%% of all %s parameters%s%s",
+        "%.2f%% of all %s parameters; the matrices are %.2f%% of what is no embedding or head%s%s",
         len(shapes), f"{entries:,}", f"{total:,}", 100 * entries / total, budget, chosen,
-        config.refresh_interval, 100 * entries / everything, f"{everything:,}",
+        config.refresh_interval, 100 * entries / everything, f"{everything:,}", 100 * covered,
         f"; {dense} more parameters trained densely" if dense else "", fallback_note(fell_back),
     )  # fmt: skip
     if config.budget_rank is not None and entries > _LARGE_SHARE * total:

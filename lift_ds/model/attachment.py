@@ -11,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lift_ds.config import LiftConfig
 from lift_ds.index.encoding import CompactIndex
-from lift_ds.model.compiled import handle_for
 from lift_ds.model.gradients import GradientMeter
-from lift_ds.model.layers import PRINCIPAL_KEYS, PrincipalLayer
+from lift_ds.model.weights import PRINCIPAL, PRINCIPAL_KEYS, PrincipalMatrix, PrincipalWeight, matrices_of
 from lift_ds.model.wrappers import refuse_after_attach
 from lift_ds.selection.criteria import criterion_named
 
@@ -22,33 +21,33 @@ _ATTRIBUTE = "_lift_attachment"
 
 @dataclass
 class Attachment:
-    """The managed layers of one model, what is needed to undo the attachment, and whether it is active.
+    """The managed weights of one model, what is needed to undo the attachment, and whether it is active.
 
     Args:
         config: the settings it was attached with.
-        layers: dotted name -> managed layer, in the order of the model's modules.
+        weights: name -> managed weight, in the order of the model's modules.
         required_grad: names of the parameters that required grad before.
         driver: what applies the principal values after a step (set by LiftAdamW, or by `lift_ds.bind`).
         optimizer: the LiftAdamW built from the model, if one was.
-        reached: layers whose principal values a gradient has reached since the last applied step.
+        reached: weights whose principal values a gradient has reached since the last applied step.
         ever_reached: and since the beginning of this process, up to that step.
-        partitioned: whether θ is away from its layer between steps (ZeRO-3).
-        backwards: how often a gradient reached a layer before the first applied step.
+        partitioned: whether θ is away from its module between steps (ZeRO-3).
+        backwards: how often a gradient reached a weight before the first applied step.
         step_seen: whether a step has been applied.
-        subspaces: dotted name -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank has
-            those of the matrices it selects in.
+        subspaces: name of a matrix -> what "chebyshev" starts from at the next refresh, float16 on the host; each rank
+            has those of the matrices it selects in.
         hooks: on the model, for as long as LIFT is attached.
-        selected: whether the layers have an index; else a checkpoint is to bring it.
+        selected: whether the weights have an index; else a checkpoint is to bring it.
         gradients: measures gradients, where the criterion looks at them; None until it has batches.
     """
 
     config: LiftConfig
-    layers: dict[str, PrincipalLayer]
+    weights: dict[str, PrincipalWeight]
     required_grad: frozenset[str]
     driver: Any = None
     optimizer: Any = None
-    reached: set[nn.Module] = field(default_factory=set)
-    ever_reached: set[nn.Module] = field(default_factory=set)
+    reached: set[PrincipalWeight] = field(default_factory=set)
+    ever_reached: set[PrincipalWeight] = field(default_factory=set)
     partitioned: bool = False
     backwards: int = 0
     step_seen: bool = False
@@ -62,17 +61,22 @@ class Attachment:
         """Whether the criterion looks at gradients."""
         return criterion_named(self.config.criterion).gradient
 
-    def note_backward(self, layer: PrincipalLayer, index: CompactIndex) -> None:
-        """Note that a gradient reached the principal values of a layer, whose weight is whole at this moment.
+    @property
+    def matrices(self) -> dict[str, PrincipalMatrix]:
+        """Name -> matrix, of all managed weights; those of a stack one after the other."""
+        return matrices_of(self.weights)
+
+    def note_backward(self, weight: PrincipalWeight, index: CompactIndex) -> None:
+        """Note that a gradient reached the principal values of a weight, which is whole at this moment.
 
         Args:
-            layer: the layer.
+            weight: it.
             index: its principal index, whole.
 
         Raises:
             RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
         """
-        whole = layer.principal.is_whole()
+        whole = weight.principal.is_whole()
         # Where θ is partitioned, a LiftAdamW built for the model cannot drive it by itself.
         if self.driver is None or not (whole or self.driver.store.sharded):
             raise RuntimeError(
@@ -80,13 +84,13 @@ class Attachment:
                 "optimizer with lift_ds.LiftAdamW(model), the engine with lift_ds.initialize(...), or add "
                 "lift_ds.LiftCallback() to the Trainer; lift_ds.detach(model) makes it a plain model again"
             )
-        self.reached.add(layer)
+        self.reached.add(weight)
         if not self.step_seen:
             self.backwards += 1
             # Comparing decodes the index and synchronises a device: at every power of two, and no more once a step has
             # been applied.
             due = whole and self.backwards & (self.backwards - 1) == 0
-            if due and not layer.holds_its_values(index.positions()):
+            if due and not weight.holds_its_values(index):
                 raise RuntimeError(
                     "LIFT is attached but not active: an optimizer changed the principal values, and nothing wrote "
                     "them into the weights. Let the LiftAdamW that was built take the steps, or add "
@@ -97,7 +101,7 @@ class Attachment:
         """Check at an applied step that gradients reached LIFT since the last one.
 
         Raises:
-            RuntimeError: when no layer saw a gradient, so that the step trained nothing.
+            RuntimeError: when no weight saw a gradient, so that the step trained nothing.
         """
         if not self.reached:
             raise RuntimeError(
@@ -137,13 +141,13 @@ class Attachment:
         """
         refuse_after_attach(model)
         present = set(model.modules())
-        gone = [name for name, layer in self.layers.items() if layer not in present]
+        gone = [name for name, weight in self.weights.items() if weight.module not in present]
         if gone:
             raise ValueError(
                 f"{gone[0]}, which LIFT manages, is no part of the {type(model).__name__} any more ({len(gone)} such "
                 "layers): something has replaced layers since lift_ds.attach; let it do so before"
             )
-        frozen = [name for name, layer in self.layers.items() if not layer.principal_values.requires_grad]
+        frozen = [name for name, weight in self.weights.items() if not weight.principal_values.requires_grad]
         if frozen:
             raise ValueError(
                 f"the principal values of {frozen[0]} do not require gradients any more ({len(frozen)} such layers); "
@@ -154,12 +158,12 @@ class Attachment:
         """A copy of the model is not trained until an optimizer is built for it."""
         copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces), selected=self.selected)
         memo[id(self)] = copied
-        copied.layers = copy.deepcopy(self.layers, memo)
+        copied.weights = copy.deepcopy(self.weights, memo)
         return copied
 
     def entries(self) -> int:
         """Return how many entries are trained in all managed matrices together."""
-        return sum(layer.entries() for layer in self.layers.values())
+        return sum(weight.entries() for weight in self.weights.values())
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -200,16 +204,20 @@ def leave_out_of_saved_models(model: nn.Module) -> None:
 
 
 def _principal_keys(module: nn.Module) -> set[str]:
-    layers = module.__dict__[_ATTRIBUTE].layers
-    return {f"{name}.{key}" for name in layers for key in PRINCIPAL_KEYS}
+    return {key for weight in module.__dict__[_ATTRIBUTE].weights.values() for key in principal_keys(weight)}
+
+
+def principal_keys(weight: PrincipalWeight) -> tuple[str, ...]:
+    """Return the names of θ and of the words of I of a weight, in the state dict of the model."""
+    before = weight.full_name.removesuffix(weight.parameter) + weight.principal_name.removesuffix(PRINCIPAL)
+    return tuple(f"{before}{key}" for key in PRINCIPAL_KEYS)
 
 
 def record(model: nn.Module, attachment: Attachment) -> None:
-    """Store an attachment with its model; its layers refer to it too."""
+    """Store an attachment with its model; its weights refer to it too."""
     model.__dict__[_ATTRIBUTE] = attachment
-    for layer in attachment.layers.values():
-        layer.__dict__["lift_attachment"] = attachment
-        layer.__dict__["lift_handle"] = handle_for(layer)
+    for weight in attachment.weights.values():
+        weight.owner = attachment
 
 
 def erase(model: nn.Module) -> None:
@@ -223,6 +231,4 @@ def erase(model: nn.Module) -> None:
             if getattr(holder, "_keys_to_ignore_on_save", None):
                 holder._keys_to_ignore_on_save = set(holder._keys_to_ignore_on_save) - _principal_keys(holder)
             del module.__dict__[_ATTRIBUTE]
-            for layer in attachment.layers.values():
-                del layer.__dict__["lift_attachment"], layer.__dict__["lift_handle"]
             return

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from lift_ds.config import LiftConfig
-from lift_ds.index.encoding import CompactIndex, IndexLayout, encode
-from lift_ds.model.partition import is_partitioned, logical_shape, partition_of
+from lift_ds.index.access import access_to
+from lift_ds.index.encoding import CompactIndex, IndexLayout, encode, stacked
+from lift_ds.model.partition import is_partitioned, partition_of
+from lift_ds.model.weights import matrix_names
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import broadcast, deal_out, exchange_device, in_rounds, rank_and_count, together
@@ -38,89 +40,134 @@ UNTIL_MEASURED = "magnitude"
 
 
 @dataclass(frozen=True)
+class FrozenWeight:
+    """A weight that is selected in.
+
+    Args:
+        weight: as the model has it, whole or partitioned.
+        layout: of its index.
+    """
+
+    weight: Any
+    layout: IndexLayout
+
+    @property
+    def size(self) -> MatrixSize:
+        """Of one matrix."""
+        return MatrixSize.of(self.shape, self.weight.element_size())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[m, n] of one matrix."""
+        return self.layout.of_one.rows, self.layout.columns
+
+    def collected(self, number: int, owner: int) -> Tensor | None:
+        """Return a matrix [m, n] on its owner, None on the other ranks; all of them call."""
+        start = number * self.size.entries
+        found = partition_of(self.weight).collected(self.weight, owner, (start, start + self.size.entries))
+        return None if found is None else found.view(self.shape)
+
+
+@dataclass(frozen=True)
 class Principal:
-    """What a layer begins its training with.
+    """What a weight begins its training with.
 
     Args:
         values: θ [k]; zeros where a checkpoint is to bring it, and then the words are zeros too.
         words: I as it is stored, int32.
         layout: what the words mean.
-        subspace: what "chebyshev" starts from at the next refresh; None from other solvers.
     """
 
     values: Tensor
     words: Tensor
     layout: IndexLayout
-    subspace: Tensor | None = None
 
 
-def layout_of(weight: Any, config: LiftConfig) -> IndexLayout:
-    """Return what the words of the index of a weight mean."""
-    rows, columns = logical_shape(weight)
-    return IndexLayout(rows, columns, config.entries(rows, columns), config.block_shape)
+def layout_of(sizes: tuple[int, int, int], config: LiftConfig) -> IndexLayout:
+    """Return what the words of the index of a weight mean, of matrices and their rows and columns."""
+    matrices, rows, columns = sizes
+    entries = matrices * config.entries(rows, columns)
+    return IndexLayout(matrices * rows, columns, entries, config.block_shape, matrices)
 
 
-def reserved(weight: Any, config: LiftConfig) -> Principal:
+def reserved(frozen: FrozenWeight) -> Principal:
     """Return room for what a checkpoint, or nobody, will fill; on the device of the weight."""
-    layout = layout_of(weight, config)
+    weight, layout = frozen.weight, frozen.layout
     values = torch.zeros(layout.entries, dtype=_values_dtype(weight), device=weight.device)
     return Principal(values, torch.zeros(layout.word_count(), dtype=torch.int32, device=weight.device), layout)
 
 
 @torch.no_grad()
-def select_first(weights: Mapping[str, Any], config: LiftConfig) -> tuple[dict[str, Principal], int]:
-    """Select in all weights; all ranks call, with the same weights.
+def select_first(
+    weights: Mapping[str, FrozenWeight], config: LiftConfig
+) -> tuple[dict[str, Principal], dict[str, Tensor], int]:
+    """Select in all matrices; all ranks call, with the same weights.
 
     With N ranks each selects in at most ceil(M / N) + 1 of the M matrices. Collectives: for partitioned weights a
     gather each, one all-gather in all, and two broadcasts a matrix (index; subspace, or in ZeRO-3 the weights there).
 
     Args:
-        weights: dotted name of the layer -> its weight, whole or partitioned.
+        weights: by name.
         config: the settings.
 
     Returns:
-        Name -> what the layer begins with, whole on every rank, and in how many "chebyshev" fell back to "gram".
+        Name -> what the weight begins with, whole on every rank; name of a matrix -> what "chebyshev" starts from at
+        the next refresh; and in how many it fell back to "gram".
 
     Raises:
         ValueError: on every rank, when a weight has NaN or infinite entries, or does not fit `refresh_memory_gib`.
     """
     start, (_, ranks) = time.perf_counter(), rank_and_count()
     watchdog.start(config.stall_timeout)
+    matrices = _matrices(weights)
     jobs = deal_first(weights, config, ranks)
     with watchdog.during("the first selection"):
         own: dict[str, _Own] = {}
 
         def select(name: str, whole: Tensor) -> None:
-            own[name] = _select_one(name, whole, weights[name], config)
+            own[name] = _select_one(name, whole, matrices[name][0], config)
 
         failure = in_rounds(
             jobs,
-            lambda name, owner: partition_of(weights[name]).collected(weights[name], owner),
+            lambda name, owner: matrices[name][0].collected(matrices[name][1], owner),
             select,
             about="LIFT selection",
         )
         shapes, fell_back = _agree(own, failure)
         owners = {name: owner for owner, names in enumerate(jobs) for name in names}
-        found = {
-            name: _hand_out(weight, own.pop(name, None), owners[name], layout_of(weight, config), shapes[name])
-            for name, weight in weights.items()
-        }
+        found, subspaces = {}, {}
+        for name, frozen in weights.items():
+            handed = []
+            for matrix in matrix_names(name, frozen.layout.matrices):
+                words, current, subspace = _hand_out(frozen, own.pop(matrix, None), owners[matrix], shapes[matrix])
+                handed.append((words, current))
+                if subspace is not None:
+                    subspaces[matrix] = subspace
+            found[name] = _put_together(frozen, handed)
     if ranks > 1:
         logger.info(
             "LIFT selected in %d matrices, dealt out over %d ranks (at most %d on one), in %.2f s",
-            len(weights), ranks, max(map(len, jobs)), time.perf_counter() - start,
+            len(matrices), ranks, max(map(len, jobs)), time.perf_counter() - start,
         )  # fmt: skip
-    return found, fell_back
+    return found, subspaces, fell_back
 
 
-def deal_first(weights: Mapping[str, Any], config: LiftConfig, ranks: int) -> list[list[str]]:
+def _matrices(weights: Mapping[str, FrozenWeight]) -> dict[str, tuple[FrozenWeight, int]]:
+    """Return the matrices by name: of which weight, and their number in it."""
+    return {
+        matrix: (frozen, number)
+        for name, frozen in weights.items()
+        for number, matrix in enumerate(matrix_names(name, frozen.layout.matrices))
+    }
+
+
+def deal_first(weights: Mapping[str, FrozenWeight], config: LiftConfig, ranks: int) -> list[list[str]]:
     """Return for each rank the names of the matrices it selects in first, longest first; from shapes alone."""
-    costs = []
-    for weight in weights.values():
-        rows, columns = logical_shape(weight)
-        settings = settings_for(_size(weight), config, _selection_device(weight).type)
-        costs.append(selection_cost(rows, columns, settings.lra_rank, settings.solver))
-    names = list(weights)
+    matrices, costs = _matrices(weights), []
+    for frozen, _ in matrices.values():
+        settings = settings_for(frozen.size, config, _selection_device(frozen.weight).type)
+        costs.append(selection_cost(*frozen.shape, settings.lra_rank, settings.solver))
+    names = list(matrices)
     return [[names[job] for job in jobs] for jobs in deal_out(costs, ranks, most_matrices(len(names), ranks))]
 
 
@@ -139,22 +186,22 @@ class _Own:
     found: Selected
 
 
-def _select_one(name: str, whole: Tensor, weight: Any, config: LiftConfig) -> _Own:
+def _select_one(name: str, whole: Tensor, frozen: FrozenWeight, config: LiftConfig) -> _Own:
     """Select in one matrix.
 
     Args:
-        name: of the layer.
-        whole: its weight [m, n].
-        weight: the same as the model has it.
+        name: of the matrix.
+        whole: it [m, n].
+        frozen: the weight that it is, or is one of.
         config: the settings.
     """
-    device, layout = _selection_device(whole), layout_of(weight, config)
-    settings = _settings(name, weight, config, device)
+    device, layout = _selection_device(whole), frozen.layout.of_one
+    settings = _settings(name, frozen, config, device)
     with watchdog.during(f"selecting in {name}"):
         found = select_in(name, whole.to(device), settings)
     index = found.index.to(whole.device)
     words = encode(index, layout.rows, layout.columns, layout.block_shape)
-    current = whole.reshape(-1)[index] if is_partitioned(weight) else None
+    current = whole.reshape(-1)[index] if is_partitioned(frozen.weight) else None
     return _Own(words, current, replace(found, index=index[:0]))
 
 
@@ -179,26 +226,39 @@ def _agree(own: Mapping[str, _Own], failure: str) -> tuple[dict[str, torch.Size 
 
 
 def _hand_out(
-    weight: Any, own: _Own | None, owner: int, layout: IndexLayout, subspace_shape: torch.Size | None
-) -> Principal:
+    frozen: FrozenWeight, own: _Own | None, owner: int, subspace_shape: torch.Size | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Give every rank what an owner found in one matrix.
 
     Args:
-        weight: as the model has it.
+        frozen: the weight that it is, or is one of.
         own: what this rank found, if it is the owner.
         owner: the rank.
-        layout: of the index.
         subspace_shape: of its subspace; None where it has none.
+
+    Returns:
+        The words of its index, the weights there where the weight is partitioned, and the subspace.
     """
+    weight, layout = frozen.weight, frozen.layout.of_one
     words = _from(owner, None if own is None else own.words, [layout.word_count()], torch.int32).to(weight.device)
+    current = subspace = None
     if is_partitioned(weight):
         current = _from(owner, None if own is None else own.current, [layout.entries], weight.dtype)
-    else:
-        current = weight.detach().reshape(-1)[CompactIndex(words, layout).positions().long()]
-    subspace = None
     if subspace_shape is not None:
         subspace = _from(owner, None if own is None else own.found.subspace, subspace_shape, torch.float16).cpu()
-    return Principal(current.to(weight.device, _values_dtype(weight)), words, layout, subspace)
+    return words, current, subspace
+
+
+def _put_together(frozen: FrozenWeight, handed: Sequence[tuple[Tensor, Tensor | None]]) -> Principal:
+    """Return what a weight begins with, from words and, where it is partitioned, weights of each of its matrices."""
+    weight = frozen.weight
+    words = stacked([words for words, _ in handed], frozen.layout)
+    if is_partitioned(weight):
+        current = torch.cat([current for _, current in handed if current is not None])
+    else:
+        current = weight.new_empty(frozen.layout.entries)
+        access_to(CompactIndex(words, frozen.layout)).gather(weight.detach().view(-1), 0, current)
+    return Principal(current.to(weight.device, _values_dtype(weight)), words, frozen.layout)
 
 
 def _from(owner: int, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -212,17 +272,13 @@ def _from(owner: int, tensor: Tensor | None, shape: Sequence[int], dtype: torch.
     return tensor
 
 
-def _settings(name: str, weight: Any, config: LiftConfig, device: torch.device) -> SelectionSettings:
-    """Return how to select in one matrix; a partitioned one is copied to its owner."""
-    size = _size(weight)
+def _settings(name: str, frozen: FrozenWeight, config: LiftConfig, device: torch.device) -> SelectionSettings:
+    """Return how to select in one matrix; one of a partitioned weight is copied to its owner."""
+    size = frozen.size
     if criterion_named(config.criterion).gradient:  # until gradients are measured, with the optimizer there
         config = replace(config, criterion=UNTIL_MEASURED)
-    copied = size.bytes if is_partitioned(weight) else 0
+    copied = size.bytes if is_partitioned(frozen.weight) else 0
     return bounded(name, size, settings_for(size, config, device.type), config.refresh_memory_gib, reserved=copied)
-
-
-def _size(weight: Any) -> MatrixSize:
-    return MatrixSize.of(logical_shape(weight), weight.element_size())
 
 
 def _values_dtype(weight: Any) -> torch.dtype:

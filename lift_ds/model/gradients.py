@@ -1,7 +1,7 @@
 """Mean absolute gradients of whole weight matrices, by which the criterion "gradient" selects.
 
-Backward forms dL/dW of one layer after the other anyway, and drops it. Here it is kept, in absolute value and added up
-over the batches, for a few layers at a time: by default as many as have no more entries together than the largest one.
+Backward forms dL/dW of one weight after the other anyway, and drops it. Here it is kept, in absolute value and added up
+over the batches, for a few matrices at a time: by default for as many as have no more entries than the largest one.
 The batches run through the model once for each such group, so this takes little memory and much time.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.weights import PrincipalMatrix, PrincipalWeight
 from lift_ds.runtime import watchdog
 
 #: One batch: what the model is called with, by name.
@@ -35,7 +35,7 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class GradientMeter:
-    """Measures mean |dL/dW| of managed layers on some batches.
+    """Measures mean |dL/dW| of managed matrices on some batches.
 
     Args:
         model: with LIFT attached.
@@ -49,7 +49,7 @@ class GradientMeter:
         self._batches = batches
         self._loss = loss
         self._seed = seed
-        self._totals: dict[PrincipalLayer, Tensor] | None = None  # while measuring
+        self._totals: dict[PrincipalWeight, dict[int, Tensor]] | None = None  # while measuring
 
     @property
     def measures(self) -> bool:
@@ -63,45 +63,61 @@ class GradientMeter:
 
     def measure(
         self,
-        wanted: Mapping[str, PrincipalLayer],
-        everything: Iterable[PrincipalLayer],
+        wanted: Mapping[str, PrincipalMatrix],
+        everything: Iterable[PrincipalWeight],
         in_step: bool,
-        end_backward: Callable[[Iterable[PrincipalLayer]], None],
+        end_backward: Callable[[Iterable[PrincipalWeight]], None],
     ) -> dict[str, Tensor]:
-        """Measure some layers.
+        """Measure some matrices.
 
         Args:
-            wanted: name -> layer, those of a group on this rank; may be none.
-            everything: all managed layers.
+            wanted: name -> matrix, those of a group on this rank; may be none.
+            everything: all managed weights.
             in_step: whether all ranks have to go through the whole model together, as in ZeRO-3, where its parts are
-                gathered on the way. Else each goes as far down as its own layers, and no collective runs.
-            end_backward: called after each backward, with the layers that it went through for.
+                gathered on the way. Else each goes as far down as its own matrices, and no collective runs.
+            end_backward: called after each backward, with the weights that it went through for.
 
         Returns:
-            Name -> mean |dL/dW|, float32 [m, n], on the device of the layer.
+            Name -> mean |dL/dW|, float32 [m, n], on the device of the weight.
         """
         if not wanted and not in_step:
             return {}
-        passed = list(everything) if in_step else list(wanted.values())
-        self._totals = {
-            layer: torch.zeros(layer.shape(), device=layer.principal_values.device) for layer in wanted.values()
-        }
+        passed = list(everything) if in_step else list(dict.fromkeys(weight for weight, _ in wanted.values()))
+        self._totals = {weight: {} for weight, _ in wanted.values()}
+        for weight, number in wanted.values():
+            self._totals[weight][number] = torch.zeros(weight.shape(), device=weight.principal_values.device)
         try:
             with _random_numbers_apart(), torch.enable_grad(), watchdog.during("measuring gradients"):
                 torch.manual_seed(self._seed)
                 for batch in self._batches:
                     # Not `backward`: the gradients of θ are zeros here, and nobody is to reduce or keep them.
                     loss = self._loss(self._model, batch)
-                    torch.autograd.grad(loss, [layer.principal.values for layer in passed], allow_unused=True)
+                    torch.autograd.grad(loss, [one.principal.values for one in passed], allow_unused=True)
                     end_backward(passed)
                     del loss  # and what the layers that were not reached have kept for it
-            return {name: self._totals[layer].div_(len(self._batches)) for name, layer in wanted.items()}
+            return {
+                name: self._totals[weight][number].div_(len(self._batches)) for name, (weight, number) in wanted.items()
+            }
         finally:
             self._totals = None
 
-    def total_of(self, layer: PrincipalLayer) -> Tensor | None:
-        """Return where the gradients of a layer are added up, float32 [m, n]; None where they are not wanted."""
-        return None if self._totals is None else self._totals.get(layer)
+    def wants(self, weight: PrincipalWeight) -> bool:
+        """Tell whether gradients of a weight are measured at this moment."""
+        return self._totals is not None and weight in self._totals
+
+    def add(self, weight: PrincipalWeight, start: int, magnitudes: Tensor) -> None:
+        """Add |dL/dW| of a part of a weight to what is measured of it.
+
+        Args:
+            weight: of which some matrices may be wanted.
+            start: flat position of the first entry of the part, in one matrix or at the beginning of one.
+            magnitudes: 1-D; a part of one matrix, or whole ones.
+        """
+        size = weight.shape().numel()
+        for number, total in (self._totals or {}).get(weight, {}).items():
+            first, last = max(start, number * size), min(start + magnitudes.numel(), (number + 1) * size)
+            if first < last:
+                total.view(-1)[first - number * size : last - number * size] += magnitudes[first - start : last - start]
 
     def checksum(self) -> int:
         """Return a number that differs where the batches do."""
@@ -123,10 +139,10 @@ def _random_numbers_apart() -> AbstractContextManager[None]:
 
 
 def groups_of(entries: Sequence[int], most: int) -> list[slice]:
-    """Cut a sequence of layers into runs of at most `most` entries together, each of at least one layer.
+    """Cut a sequence of matrices into runs of at most `most` entries together, each of at least one matrix.
 
     Args:
-        entries: of each layer.
+        entries: of each matrix.
         most: of a run.
     """
     ends, held = [0], 0

@@ -1,8 +1,8 @@
-"""What a managed layer gains: its principal values θ and their index I, in modules of their own.
+"""What a managed weight gains: its principal values θ and their index I, in modules of their own.
 
-    layer                        weight W [m, n], bias     used in forward and in backward
-    layer.principal              values θ [k]              never called: needed after the step only
-    layer.principal.index        words, I stored           called in backward, once
+    module                       weight W [m, n], bias     used in forward and in backward
+    module.principal             values θ [k]              never called: needed after the step only
+    module.principal.index       words, I stored           called in backward, once
 
 ZeRO-3 fetches the parameters of a module when that module is called. Kept apart, θ crosses the network only to be
 written back, and I only for backward and for that.
@@ -38,7 +38,7 @@ class IndexWords(nn.Parameter):
 
 
 class PrincipalIndex(nn.Module):
-    """I, the flat row-major positions of the principal values of one matrix; calling it gives its words, whole.
+    """I, the flat row-major positions of the principal values of a weight; calling it gives its words, whole.
 
     Whoever shards the words makes them whole around the call: ZeRO-3 by its own hooks, `zero.sharded_index` in stages
     1 and 2.
@@ -69,24 +69,21 @@ class PrincipalIndex(nn.Module):
         return CompactIndex(self.words.detach(), self.layout)
 
     def positions(self) -> Tensor:
-        """Return I, int32 [k], ascending; the words are whole."""
+        """Return I [k], ascending; the words are whole."""
         return self.compact().positions()
-
-    def decode(self, words: Tensor) -> Tensor:
-        """Return the positions, int32 [k], that words of this matrix stand for."""
-        return CompactIndex(words, self.layout).positions()
 
     def word_count(self) -> int:
         """Return how many words the index has when it is whole."""
         return self.layout.word_count()
 
     def encode(self, index: Tensor) -> Tensor:
-        """Return another index of this matrix as words."""
-        return encode(index, self.layout.rows, self.layout.columns, self.layout.block_shape)
+        """Return another index of this matrix, or of one of this stack, as words."""
+        one = self.layout.of_one
+        return encode(index, one.rows, one.columns, one.block_shape)
 
 
 class PrincipalSet(nn.Module):
-    """θ [k] (trainable) and I of one matrix.
+    """θ [k] (trainable) and I of one weight.
 
     Args:
         values: floating [k], the weights at I.

@@ -26,8 +26,11 @@ class Partition(Protocol):
     def gathered(self, parameters: Sequence[Any]) -> AbstractContextManager[object]:
         """Make parameters whole on every rank within the context, for reading; all ranks call."""
 
-    def collected(self, parameter: Any, owner: int) -> Tensor | None:
-        """Return the whole parameter on the owner, for reading, None on the other ranks; all of them call."""
+    def collected(self, parameter: Any, owner: int, span: tuple[int, int]) -> Tensor | None:
+        """Return flat positions [start, stop) of a parameter on the owner, for reading, 1-D; None on the other ranks.
+
+        All of them call.
+        """
 
     def partition_like(self, parameter: Any, others: Sequence[Tensor]) -> None:
         """Share new parameters out as `parameter` is, as rank 0 has them; all ranks call."""
@@ -42,8 +45,8 @@ class Whole:
     def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def collected(self, parameter: Tensor, owner: int) -> Tensor | None:
-        return parameter.detach() if rank_and_count()[0] == owner else None
+    def collected(self, parameter: Tensor, owner: int, span: tuple[int, int]) -> Tensor | None:
+        return parameter.detach().view(-1)[slice(*span)] if rank_and_count()[0] == owner else None
 
     def partition_like(self, parameter: Tensor, others: Sequence[Tensor]) -> None:
         pass

@@ -1,14 +1,16 @@
-"""Which layers of a model LIFT manages, and which parameters it trains densely beside.
+"""Which weights of a model LIFT manages, and which parameters it trains densely beside.
 
-The rule, for `target_modules` left out: every linear layer is managed but
+The rule, for `target_modules` left out: every matrix is managed (`matrices` says what is one) but
 
     - the output head, and whatever shares its weight with an embedding,
+    - the router of a mixture of experts,
     - those that `exclude_modules` names, by themselves or by a module around them,
-    - those whose weight the user has frozen (`requires_grad` is False),
-    - a new head (`score`, `classifier`, `qa_outputs` of the model itself), which is trained densely,
+    - those that the user has frozen (`requires_grad` is False),
+    - those of a new head (`score`, `classifier`, `qa_outputs` of the model itself), which is trained densely,
     - those that `extra_trainable` names, which are trained densely too.
 
-A layer that `target_modules` names is managed, also where its weight was frozen.
+A weight that `target_modules` names is managed, also where it was frozen. It goes by the name of its layer where that
+calls it "weight", else by its own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from lift_ds.config import TARGET_PRESETS, LiftConfig
-from lift_ds.model.layers import MANAGED_KINDS, managed_class
+from lift_ds.model.matrices import Sizes, matrices_in
 from lift_ds.model.partition import logical_shape
 
 #: Heads that transformers puts on a pretrained model with new weights; PEFT trains those of the same names whole.
@@ -30,18 +32,40 @@ NEW_HEADS = ("score", "classifier", "qa_outputs")
 
 
 @dataclass(frozen=True)
+class Target:
+    """A weight to manage.
+
+    Args:
+        module: that has it.
+        parameter: what it is called there.
+        full_name: its dotted name in the model.
+        sizes: how many matrices it holds, their rows and columns.
+    """
+
+    module: nn.Module
+    parameter: str
+    full_name: str
+    sizes: Sizes
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        return self.module._parameters[self.parameter]
+
+
+@dataclass(frozen=True)
 class Targets:
     """What is trained in a model.
 
     Args:
-        layers: dotted name -> layer to manage, in the order of the model's modules.
+        weights: name -> weight to manage, in the order of the model's modules.
         dense: names of the parameters that are trained densely beside.
         new_heads: names of the modules whose parameters are among these because the heads are new.
-        left_frozen: names of the layers that are not managed because the user has frozen them.
-        thawed: names of the layers that are managed although they were frozen, since the user has named them.
+        left_frozen: names of the weights that are not managed because the user has frozen them.
+        thawed: names of the weights that are managed although they were frozen, since the user has named them.
     """
 
-    layers: dict[str, nn.Module]
+    weights: dict[str, Target]
     dense: set[str]
     new_heads: tuple[str, ...]
     left_frozen: tuple[str, ...]
@@ -61,21 +85,21 @@ def find_targets(model: nn.Module, config: LiftConfig) -> Targets:
         config: `target_modules`, `exclude_modules` and `extra_trainable`.
 
     Returns:
-        The layers to manage and the parameters to train densely.
+        The weights to manage and the parameters to train densely.
 
     Raises:
-        ValueError: when nothing can be managed, a name matches nothing, a weight is named both ways, or a layer shares
-            its weight with another module.
+        ValueError: when nothing can be managed, a name matches nothing, a weight is named both ways, or two modules
+            share one.
     """
-    linear = {name: module for name, module in model.named_modules() if managed_class(type(module))}
-    candidates = _candidates(model, linear)
     excluded = _excluded(model, config.exclude_modules)
     by_name = isinstance(config.target_modules, tuple)
-    chosen = _named(model, config.target_modules, candidates, linear)
+    matrices = dict(_matrices(model, every=by_name))
+    candidates = _candidates(model, matrices)
+    chosen = _named(model, config.target_modules, candidates, matrices)
     chosen = _without_excluded(config, chosen, excluded)
     heads, dense = _new_heads(model, {*excluded, *(chosen if by_name else ())})
-    chosen = {name: module for name, module in chosen.items() if f"{name}.weight" not in dense}
-    frozen = tuple(name for name, module in chosen.items() if not module.weight.requires_grad)
+    chosen = {name: target for name, target in chosen.items() if target.full_name not in dense}
+    frozen = tuple(name for name, target in chosen.items() if not target.weight.requires_grad)
     if frozen and not by_name:
         chosen = _without_frozen(model, chosen, frozen)
     _refuse_shared(model, chosen)
@@ -83,21 +107,52 @@ def find_targets(model: nn.Module, config: LiftConfig) -> Targets:
     return Targets(chosen, dense, heads, () if by_name else frozen, frozen if by_name else ())
 
 
+def _matrices(model: nn.Module, *, every: bool = False) -> Iterable[tuple[str, Target]]:
+    """Yield (name, weight) of all matrices and stacks, in the order of the model's modules.
+
+    Args:
+        model: the model.
+        every: whether those are wanted too that are not managed but by name: routers, and matrices of modules whose
+            kind is not known.
+    """
+    routers = set() if every else _routers(model)
+    for name, module in model.named_modules():
+        for parameter, value in module.named_parameters(recurse=False):
+            sizes = matrices_in(module, parameter, value, every=every)
+            if sizes is not None and name not in routers:
+                full_name = f"{name}.{parameter}" if name else parameter
+                yield name if parameter == "weight" else full_name, Target(module, parameter, full_name, sizes)
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Names of the modules that route tokens to experts: each `router`, or `gate` beside `experts`, and all below."""
+    gates = {f"{name}.gate".lstrip(".") for name, module in model.named_modules() if hasattr(module, "experts")}
+    return {
+        name
+        for name, _ in model.named_modules()
+        if "router" in name.split(".") or any(name == gate or name.startswith(f"{gate}.") for gate in gates)
+    }
+
+
 def kind_list(model: nn.Module) -> str:
-    """Return a hint on linear layers of kinds that are not managed (quantised, adapters), or nothing."""
+    """Return a hint on linear layers whose weights are not matrices of numbers (quantised), or nothing."""
     others = sorted(
-        {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and not managed_class(type(m))}
+        {
+            type(module).__name__
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and matrices_in(module, "weight", module.weight) is None
+        }
     )
-    return f"(not {', '.join(others)}) " if others else ""
+    return f" (not {', '.join(others)})" if others else ""
 
 
-def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: Mapping[str, nn.Module]) -> set[str]:
+def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: Mapping[str, Target]) -> set[str]:
     """Find the parameters trained densely beside the principal values.
 
     Args:
         model: the model.
         names: as `extra_trainable` in LiftConfig.
-        managed: the layers that LIFT manages.
+        managed: the weights that LIFT manages.
 
     Returns:
         Full names of the parameters.
@@ -106,7 +161,7 @@ def find_extra_parameters(model: nn.Module, names: Iterable[str], managed: Mappi
         ValueError: when a name matches nothing, or matches a managed weight.
     """
     parameters = dict(model.named_parameters())
-    managed_weights = {f"{name}.weight" for name in managed}
+    managed_weights = {target.full_name for target in managed.values()}
     found: set[str] = set()
     for pattern in names:
         hits = {name for name in parameters if matches(name, pattern)}
@@ -135,9 +190,9 @@ def unmanaged_summary(model: nn.Module, targets: Targets) -> list[str]:
     Returns:
         One entry per kind, as "model.layers.*.mlp.experts.down_proj [8, 64, 128] x 2".
     """
-    reserved = _reserved_weights(model)
-    known = {id(module.weight) for module in targets.layers.values()}
-    known |= {id(model.get_submodule(name).weight) for name in targets.left_frozen}  # said apart
+    reserved = reserved_weights(model)
+    known = {id(target.weight) for target in targets.weights.values()}
+    known |= {id(target.weight) for name, target in _matrices(model) if name in targets.left_frozen}  # said apart
     named = []
     for name, parameter in model.named_parameters():
         shape = logical_shape(parameter)
@@ -154,14 +209,13 @@ def kinds_of(names: Iterable[str]) -> list[str]:
     return [f"{kind} x {len(found)}" if len(found) > 1 else found[0] for kind, found in kinds.items()]
 
 
-def _candidates(model: nn.Module, linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    reserved = _reserved_weights(model)
-    candidates = {name: module for name, module in linear.items() if id(module.weight) not in reserved}
+def _candidates(model: nn.Module, matrices: dict[str, Target]) -> dict[str, Target]:
+    reserved = reserved_weights(model)
+    candidates = {name: target for name, target in matrices.items() if id(target.weight) not in reserved}
     if not candidates:
-        kinds = " or ".join(MANAGED_KINDS)
         raise ValueError(
-            f"{type(model).__name__} has no layer LIFT can manage; it manages {kind_list(model)}{kinds} layers "
-            "other than the output head"
+            f"{type(model).__name__} has no layer LIFT can manage: no matrix{kind_list(model)} other than embeddings "
+            "and the output head"
         )
     return candidates
 
@@ -179,27 +233,31 @@ def _excluded(model: nn.Module, names: Iterable[str]) -> set[str]:
     return excluded
 
 
+def _module_of(target: Target) -> str:
+    return target.full_name.rpartition(".")[0]
+
+
 def _named(
     model: nn.Module,
     target_modules: str | tuple[str, ...] | None,
-    candidates: dict[str, nn.Module],
-    linear: dict[str, nn.Module],
-) -> dict[str, nn.Module]:
+    candidates: dict[str, Target],
+    matrices: dict[str, Target],
+) -> dict[str, Target]:
     """The candidates that `target_modules` names; all where it is None."""
     if target_modules is None:
         return candidates
     patterns = TARGET_PRESETS[target_modules] if isinstance(target_modules, str) else target_modules
-    chosen = {name: m for name, m in candidates.items() if any(matches(name, pattern) for pattern in patterns)}
+    chosen = {name: target for name, target in candidates.items() if any(matches(name, own) for own in patterns)}
     unmatched = [p for p in patterns if not any(matches(name, p) for name in chosen)]
     if unmatched and (not isinstance(target_modules, str) or not chosen):
-        _refuse_unmatched(model, target_modules, unmatched, candidates, linear)
+        _refuse_unmatched(model, target_modules, unmatched, candidates, matrices)
     return chosen
 
 
-def _without_excluded(
-    config: LiftConfig, chosen: dict[str, nn.Module], excluded: Collection[str]
-) -> dict[str, nn.Module]:
-    left = {name: module for name, module in chosen.items() if name not in excluded}
+def _without_excluded(config: LiftConfig, chosen: dict[str, Target], excluded: Collection[str]) -> dict[str, Target]:
+    left = {
+        name: target for name, target in chosen.items() if name not in excluded and _module_of(target) not in excluded
+    }
     patterns = config.target_modules if isinstance(config.target_modules, tuple) else ()
     for pattern in patterns:
         if not any(matches(name, pattern) for name in left):
@@ -224,17 +282,17 @@ def _new_heads(model: nn.Module, apart: Collection[str]) -> tuple[tuple[str, ...
     return tuple(sorted({name.split(".")[0] for name in dense})), dense
 
 
-def _without_frozen(model: nn.Module, chosen: dict[str, nn.Module], frozen: Collection[str]) -> dict[str, nn.Module]:
+def _without_frozen(model: nn.Module, chosen: dict[str, Target], frozen: Collection[str]) -> dict[str, Target]:
     if len(frozen) == len(chosen):
         raise ValueError(
             f"all {len(chosen)} layers of {type(model).__name__} that LIFT could manage are frozen (requires_grad is "
-            f"False, as of {next(iter(chosen))}.weight); LIFT leaves alone what was frozen before. Name the layers in "
-            "target_modules, or call model.requires_grad_(True) before lift_ds.attach"
+            f"False, as of {next(iter(chosen.values())).full_name}); LIFT leaves alone what was frozen before. "
+            "Name the layers in target_modules, or call model.requires_grad_(True) before lift_ds.attach"
         )
-    return {name: module for name, module in chosen.items() if name not in frozen}
+    return {name: target for name, target in chosen.items() if name not in frozen}
 
 
-def _reserved_weights(model: nn.Module) -> set[int]:
+def reserved_weights(model: nn.Module) -> set[int]:
     """Identities of the weights of embeddings and of the output head, and of what is tied to them."""
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -247,25 +305,19 @@ def _refuse_unmatched(
     model: nn.Module,
     target_modules: str | tuple[str, ...],
     unmatched: list[str],
-    candidates: dict[str, nn.Module],
-    linear: dict[str, nn.Module],
+    candidates: dict[str, Target],
+    matrices: dict[str, Target],
 ) -> None:
     for pattern in unmatched:
-        for name in linear:
+        for name in matrices:
             if matches(name, pattern):
                 raise ValueError(
                     f"target_modules: {name} is the output head or shares its weight with an embedding; LIFT does not "
                     "manage it"
                 )
-        for name, parameter in model.named_parameters():
-            if matches(name, pattern) and len(logical_shape(parameter)) > 2:
-                raise ValueError(
-                    f"target_modules: {name} is a stack of matrices {list(logical_shape(parameter))}, not a linear "
-                    "layer; LIFT manages matrices that are layers of their own"
-                )
     names = sorted({name.rsplit(".", 1)[-1] for name in candidates})
     raise ValueError(
-        f"target_modules={target_modules!r}: no linear layer of {type(model).__name__} is named "
+        f"target_modules={target_modules!r}: no matrix of {type(model).__name__} is named "
         f"{' or '.join(map(repr, unmatched))}{_suggest(unmatched[0], names)}"
     )
 
@@ -276,13 +328,14 @@ def _suggest(pattern: str, names: list[str]) -> str:
     return f"{hint}; there are {', '.join(names)}"
 
 
-def _refuse_shared(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-    managed = {id(module.weight): name for name, module in chosen.items()}
+def _refuse_shared(model: nn.Module, chosen: dict[str, Target]) -> None:
+    managed = {id(target.weight): name for name, target in chosen.items()}
     for other, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            name = managed.get(id(parameter), other)
-            if name != other:
+        for parameter, value in module.named_parameters(recurse=False):
+            name = managed.get(id(value))
+            own = other if parameter == "weight" else f"{other}.{parameter}".lstrip(".")
+            if name is not None and name != own:
                 raise ValueError(
-                    f"target_modules: {other} and {name} share one weight; LIFT trains a weight in one layer only, so "
+                    f"target_modules: {own} and {name} share one weight; LIFT trains a weight in one layer only, so "
                     "leave both out, by exclude_modules or by naming others"
                 )

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lift_ds.model.layers import PrincipalLayer, principal_layers
+from lift_ds.model.weights import WEIGHTS, principal_weights
 from lift_ds.planner.formulas import Uses
 
 #: Names of the matrices that make the keys, and of those that make queries, keys and values at once.
@@ -116,7 +116,12 @@ def _layers_of(stack: nn.Module) -> list[nn.Module]:
 
 
 def _embedding(model: Any) -> Any:
-    return model.get_input_embeddings().weight
+    try:
+        return model.get_input_embeddings().weight
+    except NotImplementedError:
+        raise ValueError(
+            f"{type(model).__name__} has no embeddings of tokens; only language models are planned"
+        ) from None
 
 
 def _output(model: Any) -> Any:
@@ -169,17 +174,21 @@ def _uses(model: Any, blocks: list[nn.Module], intermediate: int) -> Uses:
     attentions = [module for block in blocks[:1] for module in block.modules() if _is_named(module, _ATTENTION)]
     # The last matrix of an attention is that of its output; all others see the embeddings.
     inputs = [matrix for found in attentions[:1] for matrix in found.modules() if isinstance(matrix, _LINEAR)][:-1]
-    managed = [layer for _, layer in principal_layers(model)]
-    weights = {id(layer.weight) for layer in managed}
+    managed = [weight for _, weight in principal_weights(model)]
+    weights = {id(weight.weight) for weight in managed}
     early = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
     head = _output(model)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = embeddings if head is None else [*embeddings, head]
     return Uses(
-        first_inputs=_entries(matrix.weight for matrix in inputs if isinstance(matrix, PrincipalLayer)),
+        first_inputs=_entries(matrix.weight for matrix in inputs if WEIGHTS in matrix.__dict__),
         early=_entries(parameter for parameter in early if id(parameter) not in weights),
         # What ends a layer comes from the feed-forward width.
-        last_products=_entries(layer.weight for layer in managed if _outputs_and_inputs(layer)[1] == intermediate),
+        last_products=_entries(
+            weight.weight
+            for weight in managed
+            if isinstance(weight.module, _LINEAR) and _outputs_and_inputs(weight.module)[1] == intermediate
+        ),
         ends=_entries(weight for weight in ends if not weight.requires_grad),
         tied=_entries(weight for weight in embeddings if weight is head),
     )
@@ -211,8 +220,8 @@ def _differences(model: nn.Module, stacks: list[list[nn.Module]], hidden: int, i
     elif not any(_is_gated(block, hidden, intermediate) for block in blocks):
         found.append("feed-forward layers without a gate")
     inside = {id(module) for block in blocks for module in block.modules()}
-    managed = [layer for _, layer in principal_layers(model)]
-    outside = sum(id(layer) not in inside for layer in managed)
+    managed = [weight for _, weight in principal_weights(model)]
+    outside = sum(id(weight.module) not in inside for weight in managed)
     if outside:
         found.append(
             f"{outside} of {len(managed)} matrices outside the language model's layers, counted as if every token "

@@ -136,14 +136,14 @@ def setting_for(
         device_type: "cpu", "cuda", ...
         matrices_alone: whether full fine-tuning trains the managed matrices alone, not every parameter.
     """
-    shapes, dense, others = tuple(facts.shapes.values()), facts.dense, facts.others
+    shapes, dense, others = tuple(facts.tall_shapes.values()), facts.dense, facts.others
     uses = facts.uses
     if choice.method == "full" and not matrices_alone:
         shapes += tuple((size, 1) for size in (*map(math.prod, dense), *others))
         dense, others, uses = (), (), dataclasses.replace(uses, early=0)
     trained = {
         "full": [rows * columns for rows, columns in shapes],
-        "lora": [size for name, k in facts.entries.items() for size in _adapters(k, *facts.shapes[name])],
+        "lora": [size for name, k in facts.entries.items() for size in _adapters(k, *facts.tall_shapes[name])],
         "lift": facts.entries.values(),
     }
     partitioned = choice.stage == 3
@@ -177,7 +177,7 @@ def activations_for(facts: ModelFacts, choice: Choice) -> Activations:
     """Return the sizes of a micro-batch."""
     adapters = 0
     if choice.method == "lora":
-        adapters = sum(k // sum(facts.shapes[name]) for name, k in facts.entries.items()) // facts.layers
+        adapters = sum(k // sum(facts.tall_shapes[name]) for name, k in facts.entries.items()) // facts.layers
     return Activations(
         tokens=choice.micro_batch * choice.sequence,
         hidden=facts.hidden,

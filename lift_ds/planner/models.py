@@ -16,7 +16,7 @@ from torch import nn
 
 from lift_ds.config import LiftConfig
 from lift_ds.model.attach import dry_attach
-from lift_ds.model.layers import PrincipalLayer, principal_layers
+from lift_ds.model.weights import principal_weights
 from lift_ds.planner.architecture import Architecture, read_architecture
 from lift_ds.planner.configuration import in_one_line, left_out, read_content, settings_of
 from lift_ds.runtime.logs import get_logger
@@ -34,8 +34,9 @@ class ModelFacts(Architecture):
 
     Args:
         name: as the user called it.
-        shapes: dotted name -> (m, n) of each managed matrix, in the order of the model.
-        entries: dotted name -> k.
+        shapes: name -> (m, n) of each managed weight, in the order of the model; of a stack that of one matrix.
+        matrices: name -> how many matrices it holds.
+        entries: name -> k, of all its matrices.
         dense: shape of each parameter that is trained densely beside: a new head, what `extra_trainable` names.
         others: elements of each frozen parameter that is no managed matrix.
         left_out: sizes that its configuration leaves to transformers, see `configuration`.
@@ -43,6 +44,7 @@ class ModelFacts(Architecture):
 
     name: str
     shapes: dict[str, tuple[int, int]]
+    matrices: dict[str, int]
     entries: dict[str, int]
     dense: tuple[tuple[int, ...], ...]
     others: tuple[int, ...]
@@ -51,7 +53,12 @@ class ModelFacts(Architecture):
     @property
     def managed(self) -> int:
         """M."""
-        return sum(rows * columns for rows, columns in self.shapes.values())
+        return sum(map(math.prod, self.tall_shapes.values()))
+
+    @property
+    def tall_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> [m, n] of each managed weight; the matrices of a stack are one below the other, as in memory."""
+        return {name: (self.matrices[name] * rows, columns) for name, (rows, columns) in self.shapes.items()}
 
     @property
     def parameters(self) -> int:
@@ -151,19 +158,15 @@ def facts_of(name: str, settings: Any, model: nn.Module) -> ModelFacts:
         settings: its transformers configuration.
         model: on any device.
     """
-    layers = dict(principal_layers(model))
-    known = {id(p) for layer in layers.values() for p in (layer.weight, *layer.principal.parameters())}
+    weights = dict(principal_weights(model))
+    known = {id(p) for weight in weights.values() for p in (weight.weight, *weight.principal.parameters())}
     beside = [parameter for parameter in model.parameters() if id(parameter) not in known]
     return ModelFacts(
         name=name,
-        shapes={name: _shape(layer) for name, layer in layers.items()},
-        entries={name: layer.entries() for name, layer in layers.items()},
+        shapes={name: (weight.layout.of_one.rows, weight.layout.columns) for name, weight in weights.items()},
+        matrices={name: weight.matrices for name, weight in weights.items()},
+        entries={name: weight.entries() for name, weight in weights.items()},
         dense=tuple(tuple(parameter.shape) for parameter in beside if parameter.requires_grad),
         others=tuple(parameter.numel() for parameter in beside if not parameter.requires_grad),
         **vars(read_architecture(settings, model)),
     )
-
-
-def _shape(layer: PrincipalLayer) -> tuple[int, int]:
-    rows, columns = layer.shape()
-    return rows, columns

@@ -73,11 +73,11 @@ def make_plan(facts: ModelFacts, config: LiftConfig, cluster: Cluster, request: 
         ValueError: for more ranks than matrices, or a micro-batch that the batch is no multiple of.
     """
     ranks = cluster.ranks
-    if ranks > len(facts.shapes):
+    matrices = sum(facts.matrices.values())
+    if ranks > matrices:
         raise ValueError(
             f"--nodes {cluster.nodes} x --gpus-per-node {cluster.gpus_per_node} are {ranks} ranks, more than the "
-            f"{len(facts.shapes)} matrices of {facts.name}: the rest would have nothing to select; take at most "
-            f"{len(facts.shapes)}"
+            f"{matrices} matrices of {facts.name}: the rest would have nothing to select; take at most {matrices}"
         )
     per_rank = max(1, -(-request.batch // ranks))
     if request.micro_batch is not None and per_rank % request.micro_batch:

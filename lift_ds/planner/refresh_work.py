@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lift_ds.config import LiftConfig
+from lift_ds.model.weights import matrix_names
 from lift_ds.planner.formulas import LOW
 from lift_ds.planner.models import ModelFacts
 from lift_ds.refresh.schedule import RefreshPlan, gradient_bytes, held_bytes, plan_refresh
@@ -58,8 +59,9 @@ def refresh_work(facts: ModelFacts, config: LiftConfig, ranks: int, stage: int) 
     """
     # Without ZeRO every rank selects in everything.
     owners, collected = (ranks if stage else 1), stage == 3
-    sizes = {name: MatrixSize.of(shape, LOW) for name, shape in facts.shapes.items()}
-    plan = plan_refresh(sizes, config, owners, collected=collected, device_type="cuda")
+    weights = {name: MatrixSize.of(shape, LOW, facts.matrices[name]) for name, shape in facts.shapes.items()}
+    sizes = {matrix: size for name, size in weights.items() for matrix in matrix_names(name, size.matrices)}
+    plan = plan_refresh(weights, config, owners, collected=collected, device_type="cuda")
     cost = {
         name: selection_cost(size.rows, size.columns, plan.settings[name].lra_rank, plan.settings[name].solver)
         for name, size in sizes.items()

@@ -27,7 +27,7 @@ def _summary(plan: Plan) -> list[str]:
     facts, cluster, hardware = plan.facts, plan.cluster, plan.cluster.hardware
     trained = sum(facts.entries.values())
     return [
-        f"{facts.name}: {facts.parameters:,} parameters; LIFT manages {len(facts.shapes)} matrices, trains "
+        f"{facts.name}: {facts.parameters:,} parameters; LIFT manages {sum(facts.matrices.values())} matrices, trains "
         f"{trained:,} of their {facts.managed:,} entries ({trained / facts.managed:.2%})"
         + (f"; {facts.dense_parameters:,} more parameters trained densely" if facts.dense else ""),
         f"{cluster.nodes} x {cluster.gpus_per_node} {hardware.name}: {hardware.memory_gb:g} GB, "
@@ -124,7 +124,7 @@ def record(plan: Plan) -> dict[str, Any]:
             "parameters": facts.parameters,
             "managed_parameters": facts.managed,
             "trained_entries": sum(facts.entries.values()),
-            "matrices": len(facts.shapes),
+            "matrices": sum(facts.matrices.values()),
             "differs_from_llama": list(facts.differences),
             "left_to_defaults": list(facts.left_out),
         },

@@ -109,6 +109,12 @@ def outside(old_part: Tensor, new_part: Tensor) -> Tensor:
     return torch.cat([places[:first], places[last:]])
 
 
+def within(ranges: Sequence[Range], start: int, stop: int) -> list[Range]:
+    """Return what ranges have in [start, stop), counted from there; (0, 0) where a rank has nothing there."""
+    clipped = [(max(first, start) - start, min(last, stop) - start) for first, last in ranges]
+    return [(first, last) if first < last else (0, 0) for first, last in clipped]
+
+
 def holders(ranges: Sequence[Range]) -> int:
     """Return how many ranks hold a part of a state."""
     return sum(start < stop for start, stop in ranges)

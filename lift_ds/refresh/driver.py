@@ -7,18 +7,20 @@ A refresh in three phases, for N ranks:
 
     select     every matrix has an owner; in each round an owner receives one whole weight, factors it and selects
     agree      all ranks learn whether a selection failed anywhere, and how long each took
-    carry      one matrix after the other: the owner hands out the new index, master and moments are carried over
+    carry      one weight after the other: the owners hand out its new indices, master and moments are carried over
 """
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lift_ds.model.attachment import Attachment
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.refresh.checks import Untrained, require_equal
 from lift_ds.refresh.gradients import gradients_of, in_groups
 from lift_ds.refresh.report import RefreshReport
@@ -48,7 +50,7 @@ class Driver:
     """Runs after every applied optimizer step: write-back, count, refresh when due.
 
     Args:
-        attachment: the managed layers.
+        attachment: the managed weights.
         store: where their state lives.
         optimizer: the innermost torch optimizer; its parameter groups carry the count of applied steps.
 
@@ -72,11 +74,13 @@ class Driver:
         self._untrained = Untrained(attachment, store)
 
     def _plan(self) -> RefreshPlan:
-        layers = self.attachment.layers
-        weights = [layer.weight for layer in layers.values()]
+        weights = [weight.weight for weight in self.attachment.weights.values()]
         itemsize = max(weight.element_size() for weight in weights)
         return plan_refresh(
-            {name: MatrixSize.of(layer.shape(), itemsize) for name, layer in layers.items()},
+            {
+                name: MatrixSize.of(weight.shape(), itemsize, weight.matrices)
+                for name, weight in self.attachment.weights.items()
+            },
             self.attachment.config,
             self.store.ranks,
             collected=self.store.sharded,
@@ -96,9 +100,8 @@ class Driver:
         self.attachment.confirm_gradients()
         steps = self.applied_steps + 1
         due = self.plan.due(steps)
-        names = set(itertools.chain.from_iterable(due or ()))
-        refreshed = {name: layer for name, layer in self.attachment.layers.items() if name in names}
-        self.store.write_back([layer for name, layer in self.attachment.layers.items() if name not in names])
+        refreshed = self._weights_of(due or ())
+        self.store.write_back([weight for name, weight in self.attachment.weights.items() if name not in refreshed])
         for group in self._optimizer.param_groups:
             group[APPLIED_STEPS] = steps
         if due is not None:
@@ -114,7 +117,7 @@ class Driver:
         Raises:
             RuntimeError: as `require_equal`; nothing was changed.
         """
-        require_equal(self.store, self.attachment.layers, write_first=False)
+        require_equal(self.store, self.attachment.weights, write_first=False)
         self.store.release()
 
     def step_skipped(self) -> None:
@@ -148,18 +151,21 @@ class Driver:
         start = time.perf_counter()
         owners = {name: rank for rank, names in enumerate(jobs) for name in names}
         selections, work = self._select(jobs)
-        names = {layer: name for name, layer in self.attachment.layers.items() if name in owners}
+        weights = list(self._weights_of(jobs).values())
         replaced = 0
-        for turn in self.store.turns(list(names)):
-            of_turn = [(layer, names[layer]) for layer in turn]
-            new = [
-                (layer, self.store.hand_out(layer, owners[name], selections.pop(name, None))) for layer, name in of_turn
-            ]
+        for turn in self.store.turns(weights):
+            new = []
+            for weight in turn:
+                handed = [
+                    self.store.hand_out(weight, owners[name], selections.pop(name, None))
+                    for name in weight.matrix_names()
+                ]
+                new.append((weight, handed))
             replaced += self.store.carry(new)
         return RefreshReport(
             step,
-            len(names),
-            sum(layer.entries() for layer in names),
+            len(owners),
+            sum(weight.entries() for weight in weights),
             self.store.total(replaced),
             time.perf_counter() - start,
             tuple(one.seconds for one in work),
@@ -167,10 +173,17 @@ class Driver:
             max(one.estimate for one in work),
         )
 
+    def _weights_of(self, jobs: Iterable[Sequence[str]]) -> dict[str, PrincipalWeight]:
+        """Return the weights of the matrices in some jobs, by name, in the order of the model."""
+        names = set(itertools.chain.from_iterable(jobs))
+        return {
+            name: weight for name, weight in self.attachment.weights.items() if names.issuperset(weight.matrix_names())
+        }
+
     def _select(self, jobs: Jobs) -> tuple[dict[str, NewIndex], list[_Work]]:
         """Select in the matrices this rank owns; return the selections by name, and the work of each rank."""
         start = time.perf_counter()
-        layers, failure = self.attachment.layers, ""
+        matrices, failure = self.attachment.matrices, ""
         selections: dict[str, NewIndex] = {}
         ways: list[tuple[bool, float]] = []
 
@@ -181,7 +194,7 @@ class Driver:
         for group in in_groups(jobs, self.attachment) if self.attachment.needs_gradients else [jobs]:
             gradients = gradients_of(group[self.store.rank], self.attachment, self.store)
             failed = in_rounds(
-                group, lambda name, owner: self.store.collect(layers[name], owner), select, about="LIFT refresh"
+                group, lambda name, owner: self.store.collect(*matrices[name], owner), select, about="LIFT refresh"
             )
             failure = failure or failed
             gradients.clear()  # before the next are measured
@@ -196,4 +209,4 @@ class Driver:
             found = select_in(name, weight, self.plan.settings[name], subspaces.get(name), gradient)
         if found.subspace is not None:
             subspaces[name] = found.subspace
-        return self.store.choose(self.attachment.layers[name], weight, found.index.int()), found
+        return self.store.choose(self.attachment.matrices[name].weight, weight, found.index.int()), found

@@ -52,16 +52,16 @@ def select_by_gradients(model: nn.Module, batches: Iterable[Batch], loss: Loss =
 
 
 def in_groups(jobs: Jobs, attachment: Attachment) -> list[Jobs]:
-    """Cut the jobs of all ranks into groups of layers whose gradients are there at once.
+    """Cut the jobs of all ranks into groups of matrices whose gradients are there at once.
 
     Args:
-        jobs: for each rank the names of its layers.
-        attachment: the managed layers.
+        jobs: for each rank the names of its matrices.
+        attachment: the managed weights.
 
     Returns:
         For each group the jobs of all ranks in it; a rank that has done its own has none in the last ones.
     """
-    entries = {name: layer.shape().numel() for name, layer in attachment.layers.items()}
+    entries = {name: weight.shape().numel() for name, (weight, _) in attachment.matrices.items()}
     most = gradient_entries(max(entries.values()), attachment.config.refresh_memory_gib)
     of_ranks: list[list[Sequence[str]]] = [
         [own[group] for group in groups_of([entries[name] for name in own], most)] for own in jobs
@@ -70,15 +70,16 @@ def in_groups(jobs: Jobs, attachment: Attachment) -> list[Jobs]:
 
 
 def gradients_of(names: Sequence[str], attachment: Attachment, store: PrincipalStore) -> dict[str, Tensor]:
-    """Return mean |dL/dW| of some layers by name; nothing where the criterion does not look at gradients.
+    """Return mean |dL/dW| of some matrices by name; nothing where the criterion does not look at gradients.
 
     Args:
-        names: of the layers of a group on this rank.
-        attachment: the managed layers.
+        names: of the matrices of a group on this rank.
+        attachment: the managed weights.
         store: where their state lives.
     """
     if not attachment.needs_gradients:
         return {}
     assert attachment.gradients is not None, "training without batches is refused"
-    wanted = {name: attachment.layers[name] for name in names}
-    return attachment.gradients.measure(wanted, attachment.layers.values(), store.sharded, store.end_backward)
+    matrices = attachment.matrices
+    wanted = {name: matrices[name] for name in names}
+    return attachment.gradients.measure(wanted, attachment.weights.values(), store.sharded, store.end_backward)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lift_ds.config import LiftConfig
 from lift_ds.index.encoding import word_count
+from lift_ds.model.weights import matrix_names
 from lift_ds.runtime.ranks import deal_out
 from lift_ds.selection import MatrixSize, SelectionSettings, selection_cost
 from lift_ds.selection.cost import most_matrices
@@ -49,7 +50,7 @@ class RefreshPlan:
 
 
 def plan_refresh(
-    sizes: Mapping[str, MatrixSize],
+    weights: Mapping[str, MatrixSize],
     config: LiftConfig,
     ranks: int,
     *,
@@ -58,10 +59,11 @@ def plan_refresh(
 ) -> RefreshPlan:
     """Deal the matrices out, over time and ranks, and choose the settings for each.
 
-    When a matrix is refreshed does not depend on the ranks, only who selects in it does.
+    When a matrix is refreshed does not depend on the ranks, only who selects in it does. Those of a stack are refreshed
+    after the same step.
 
     Args:
-        sizes: name -> size of the matrix.
+        weights: name -> size of the weight.
         config: gives budget, rank, solver, schedule and the bound on memory.
         ranks: N.
         collected: whether an owner receives a copy of the weight (ZeRO-3) or has it.
@@ -73,16 +75,18 @@ def plan_refresh(
     Raises:
         ValueError: when a matrix cannot be refreshed within the bound; says which, and what it needs.
     """
+    sizes = {matrix: size for name, size in weights.items() for matrix in matrix_names(name, size.matrices)}
     settings = {name: settings_for(size, config, device_type) for name, size in sizes.items()}
     costs = {
         name: selection_cost(size.rows, size.columns, settings[name].lra_rank, settings[name].solver)
         for name, size in sizes.items()
     }
-    count = min(config.refresh_parts, len(sizes))
-    names = list(sizes)
+    count = min(config.refresh_parts, len(weights))
+    names = list(weights)
     parts = {}
     for part in range(count):
-        own = names[len(names) * part // count : len(names) * (part + 1) // count]
+        in_part = names[len(names) * part // count : len(names) * (part + 1) // count]
+        own = [matrix for name in in_part for matrix in matrix_names(name, weights[name].matrices)]
         first = len(names) * part // count % ranks  # the first job of each part would else be rank 0's
         parts[config.refresh_interval * part // count] = _deal(own, costs, ranks, first)
     # New indices, and where weights are collected the values there, wait on their owner until all have selected.

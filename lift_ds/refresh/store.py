@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lift_ds.index.access import access_to
-from lift_ds.index.encoding import CompactIndex
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.index.encoding import CompactIndex, stacked
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.refresh.carry import MOMENTS, PrincipalState, carry_over
 
 #: Entries of θ that a write-back under ZeRO-3 gathers at a time, in fewer collectives than matrices.
@@ -45,14 +45,14 @@ class PrincipalStore(Protocol):
     #: Whether θ is what the optimizer updates, and not rounded from a master value apart.
     values_are_master: bool
 
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        """Return the whole weight [m, n] on the owner, None on the other ranks; all of them call."""
+    def collect(self, weight: PrincipalWeight, number: int, owner: int) -> Tensor | None:
+        """Return a whole matrix [m, n] of a weight on the owner, None on the other ranks; all of them call."""
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
-        """Return what the owner is to hand out: the new index [k] of its whole weight."""
+    def choose(self, weight: PrincipalWeight, matrix: Tensor, index: Tensor) -> NewIndex:
+        """Return what the owner is to hand out: the new index [k] of its whole matrix."""
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
-        """Return the owner's selection on every rank; None is given on the others."""
+    def hand_out(self, weight: PrincipalWeight, owner: int, selection: NewIndex | None) -> NewIndex:
+        """Return the owner's selection in a matrix of a weight on every rank; None is given on the others."""
 
     def agree(self, failure: str, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of all ranks.
@@ -64,22 +64,22 @@ class PrincipalStore(Protocol):
     def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Return for each flag whether it is set on any rank; all of them call."""
 
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        """Make the index of a layer whole on every rank within the context."""
+    def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:
+        """Make the index of a weight whole on every rank within the context."""
 
-    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
-        """Return the layers in the order in which they are carried over, alike on all ranks; those of a turn together.
+    def turns(self, weights: Sequence[PrincipalWeight]) -> list[list[PrincipalWeight]]:
+        """Return the weights in the order in which they are carried over, alike on all ranks; those of a turn together.
 
         Each rank holds the new indices of a turn at once, so there are few in it.
         """
 
-    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+    def carry(self, new: Sequence[tuple[PrincipalWeight, Sequence[NewIndex]]]) -> int:
         """Store new indices that were handed out; the state of what stays moves to where it is held from now on.
 
         θ takes the values at the new index, on every rank that has it. All ranks call.
 
         Args:
-            new: the layers of a turn, and their new indices.
+            new: the weights of a turn, and the new indices of the matrices of each.
 
         Returns:
             How many of the entries that this rank holds are new.
@@ -88,25 +88,25 @@ class PrincipalStore(Protocol):
     def total(self, count: int) -> int:
         """Return the sum of what all ranks give; all of them call."""
 
-    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
+    def write_back(self, weights: Sequence[PrincipalWeight]) -> None:
         """W.flat[I] = θ, wherever W lives."""
 
-    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+    def compare(self, weights: Sequence[PrincipalWeight], *, write_first: bool) -> Tensor:
         """Compare the weights at I with the master values, in the dtype of the weights; nothing is changed.
 
         Args:
-            layers: to compare in.
+            weights: to compare in.
             write_first: write back before, in the same pass.
 
         Returns:
-            int64 [len(layers), 2], the same on every rank: how many entries differ, how many master values were found.
+            int64 [len(weights), 2], the same on every rank: how many entries differ, how many master values were found.
         """
 
     def release(self) -> None:
         """Give up what was kept whole between a backward and its step."""
 
-    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
-        """Give up what a backward through some layers has left whole; in training the engine does so."""
+    def end_backward(self, weights: Iterable[PrincipalWeight]) -> None:
+        """Give up what a backward through some weights has left whole; in training the engine does so."""
 
 
 class DenseStore:
@@ -122,13 +122,13 @@ class DenseStore:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
 
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        return layer.weight.detach()
+    def collect(self, weight: PrincipalWeight, number: int, owner: int) -> Tensor | None:
+        return matrix_of(weight, number)
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
-        return NewIndex(layer.principal.index.encode(index), None)
+    def choose(self, weight: PrincipalWeight, matrix: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(weight.principal.index.encode(index), None)
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
+    def hand_out(self, weight: PrincipalWeight, owner: int, selection: NewIndex | None) -> NewIndex:
         assert selection is not None, "one process owns every matrix"
         return selection
 
@@ -140,69 +140,81 @@ class DenseStore:
     def on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
         return list(flags)
 
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
+    def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def master(self, layer: PrincipalLayer) -> Tensor:
-        """Return the tensor that the optimizer updates for this layer."""
-        return layer.principal_values
+    def master(self, weight: PrincipalWeight) -> Tensor:
+        """Return the tensor that the optimizer updates for this weight."""
+        return weight.principal_values
 
-    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
-        return [[layer] for layer in layers]
-
-    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
-        return sum(self._carry(layer, selection) for layer, selection in new)
+    def turns(self, weights: Sequence[PrincipalWeight]) -> list[list[PrincipalWeight]]:
+        return [[weight] for weight in weights]
 
     @torch.no_grad()
-    def _carry(self, layer: PrincipalLayer, selection: NewIndex) -> int:
-        new_index = layer.principal.index.decode(selection.words)
-        current = layer.weight.detach().view(-1)[new_index.long()]  # [k]
-        state, replaced = carry_over(layer.principal_index, self._state(layer), new_index, current)
-        master = self.master(layer)
-        master.copy_(state.master)
-        moments = self._optimizer.state.get(master, {})
-        if moments:
-            for key in MOMENTS:
-                moments[key].copy_(getattr(state, key))
-        layer.principal_values.copy_(state.master)
-        layer.principal.index.words.copy_(selection.words)
+    def carry(self, new: Sequence[tuple[PrincipalWeight, Sequence[NewIndex]]]) -> int:
+        replaced = 0
+        for weight, selections in new:
+            for number, selection in enumerate(selections):
+                replaced += self._carry(weight, number, selection)
+            words = stacked([selection.words for selection in selections], weight.layout)
+            weight.principal.index.words.copy_(words)
+            weight.principal_values.copy_(self.master(weight))
+        return replaced
+
+    def _carry(self, weight: PrincipalWeight, number: int, selection: NewIndex) -> int:
+        """Carry the state of one matrix over; return how many entries are new."""
+        old = weight.principal.index.compact().of_matrix(number)
+        new_index = CompactIndex(selection.words, old.layout).positions()
+        current = matrix_of(weight, number).view(-1)[new_index.long()]  # [k]
+        own = slice(number * current.numel(), (number + 1) * current.numel())
+        held = PrincipalState(*(tensor[own] for tensor in self._state(weight)))
+        carried, replaced = carry_over(old.positions(), held, new_index, current)
+        for tensor, value in zip(held, carried, strict=True):
+            tensor.copy_(value)
         return replaced
 
     def total(self, count: int) -> int:
         return count
 
-    def _state(self, layer: PrincipalLayer) -> PrincipalState:
-        master = self.master(layer)
-        moments = self._optimizer.state.get(master, {})
-        # Adam has no state yet for a layer that no gradient has reached.
+    def _state(self, weight: PrincipalWeight) -> PrincipalState:
+        master = self.master(weight).detach()
+        moments = self._optimizer.state.get(self.master(weight), {})
+        # Adam has no state yet for a weight that no gradient has reached; what is written into these is not kept.
         exp_avg, exp_avg_sq = (moments.get(key, torch.zeros_like(master)) for key in MOMENTS)
-        return PrincipalState(master.detach(), exp_avg, exp_avg_sq)
+        return PrincipalState(master, exp_avg, exp_avg_sq)
 
-    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
-        for layer in layers:
-            put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
+    def write_back(self, weights: Sequence[PrincipalWeight]) -> None:
+        for weight in weights:
+            put_values(weight.weight, weight.principal.index.compact(), weight.principal_values)
 
-    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+    def compare(self, weights: Sequence[PrincipalWeight], *, write_first: bool) -> Tensor:
         if write_first:
-            self.write_back(layers)
+            self.write_back(weights)
         counts = []
-        for layer in layers:
-            held = weights_at(layer.weight, layer.principal.index.compact())
-            counts.append((differences(held, self.master(layer)), layer.entries()))
+        for weight in weights:
+            held = weights_at(weight.weight, weight.principal.index.compact())
+            counts.append((differences(held, self.master(weight)), weight.entries()))
         return torch.tensor(counts)
 
     def release(self) -> None:
         pass
 
-    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
+    def end_backward(self, weights: Iterable[PrincipalWeight]) -> None:
         pass
 
 
+def matrix_of(weight: PrincipalWeight, number: int) -> Tensor:
+    """Return a matrix [m, n] of a weight that is whole."""
+    rows, columns = weight.shape()
+    whole: Tensor = weight.weight.detach().view(weight.matrices, rows, columns)
+    return whole[number]
+
+
 def write_back_batches(entries: Sequence[int]) -> list[slice]:
-    """Cut a sequence of matrices into the runs that are gathered together, of `WRITE_BACK_BATCH` entries or one matrix.
+    """Cut a sequence of weights into the runs that are gathered together, of `WRITE_BACK_BATCH` entries or one weight.
 
     Args:
-        entries: k of each matrix.
+        entries: k of each weight.
     """
     batches: list[slice] = []
     start = total = 0
@@ -215,13 +227,13 @@ def write_back_batches(entries: Sequence[int]) -> list[slice]:
 
 
 def put_values(weight: Tensor, index: CompactIndex, values: Tensor) -> None:
-    """W.flat[I] = θ, in place; a contiguous weight [m, n], its whole index, values [k] of any floating dtype."""
+    """W.flat[I] = θ, in place; a contiguous weight, its whole index, values [k] of any floating dtype."""
     access_to(index).put(weight.detach().view(-1), 0, values.detach())
 
 
 @torch.no_grad()
 def weights_at(weight: Tensor, index: CompactIndex) -> Tensor:
-    """Return W.flat[I] [k], in the dtype of a contiguous weight [m, n]; its index is whole."""
+    """Return W.flat[I] [k], in the dtype of a contiguous weight; its index is whole."""
     values = weight.new_empty(index.layout.entries)
     access_to(index).gather(weight.detach().view(-1), 0, values)
     return values

@@ -39,23 +39,25 @@ class SelectionSettings:
 
 @dataclass(frozen=True)
 class MatrixSize:
-    """The size of a weight matrix.
+    """The size of a weight matrix, or of each one of a stack.
 
     Args:
         rows: m.
         columns: n.
         itemsize: bytes of an entry.
+        matrices: how many there are of this size, one after the other.
     """
 
     rows: int
     columns: int
     itemsize: int
+    matrices: int = 1
 
     @classmethod
-    def of(cls, shape: Sequence[int], itemsize: int) -> MatrixSize:
-        """Return the size of a matrix of a shape (m, n)."""
+    def of(cls, shape: Sequence[int], itemsize: int, matrices: int = 1) -> MatrixSize:
+        """Return the size of matrices of a shape (m, n)."""
         rows, columns = shape
-        return cls(rows, columns, itemsize)
+        return cls(rows, columns, itemsize, matrices)
 
     @property
     def entries(self) -> int:

@@ -190,7 +190,7 @@ def make_trainer(
 def trained_share(model: PreTrainedModel) -> float:
     """Return the share of the managed entries that LIFT trains."""
     attachment = require_attachment(model)
-    return attachment.entries() / sum(layer.shape().numel() for layer in attachment.layers.values())
+    return attachment.entries() / sum(weight.elements() for weight in attachment.weights.values())
 
 
 def train(job: Job) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lift_ds.model.attachment import Attachment, leave_out_of_saved_models, require_attachment
 from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.readings import ReadModule
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh.driver import Driver
 from lift_ds.refresh.store import PrincipalStore
@@ -39,6 +40,7 @@ logger = get_logger()
 
 # Here and not in the core: it imports the compiler, which takes longer than torch itself.
 PrincipalLayer.run_uncompiled = torch.compiler.disable(PrincipalLayer.run_uncompiled)  # type: ignore[method-assign]
+ReadModule.forward = torch.compiler.disable(ReadModule.forward)  # type: ignore[method-assign]
 
 
 def bind(model: nn.Module, optimizer: Any) -> Driver:
@@ -79,7 +81,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         follow_training(model, optimizer, driver)
         return driver
     store = _store_for(optimizer, model, attachment)
-    driver = Driver(attachment, watched_store(store, attachment), optimizer.optimizer)
+    driver = Driver(attachment, watched_store(store), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
         optimizer.optimizer.yield_to(driver)
         if _is_offloaded(optimizer):
@@ -103,7 +105,7 @@ def _store_for(wrapper: Any, model: nn.Module, attachment: Attachment) -> Princi
 def _partitioned_states(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     if getattr(wrapper, "round_robin_gradients", False):
         link_in_flat_order(wrapper)
-    return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment), [*attachment.layers.values()])
+    return PartitionedStateStore(wrapper, _shard_index(wrapper, attachment), [*attachment.weights.values()])
 
 
 def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
@@ -111,7 +113,7 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
     group = wrapper.real_dp_process_group[0]
     if attachment.config.index_placement == "replicated" or comm.get_world_size(group=group) == 1:
         return None
-    indices = {name: layer.principal.index for name, layer in attachment.layers.items()}
+    indices = {name: weight.principal.index for name, weight in attachment.weights.items()}
     sharded = ShardedIndex(indices, group, keep=wrapper.is_gradient_accumulation_boundary)
     # DeepSpeed calls these two around saving and loading, on every rank.
     wrapper.checkpoint_event_prologue = sharded.make_whole
@@ -163,7 +165,7 @@ def _trained_parameters(optimizer: Any) -> Iterable[Tensor]:
 
 def _require_values(attachment: Attachment, optimizer: Any) -> None:
     trained = {id(parameter) for parameter in _trained_parameters(optimizer)}
-    missing = [name for name, layer in attachment.layers.items() if id(layer.principal_values) not in trained]
+    missing = [name for name, weight in attachment.weights.items() if id(weight.principal_values) not in trained]
     if missing:
         raise ValueError(
             f"the optimizer {type(optimizer).__name__} does not train the principal values of {len(missing)} matrices "

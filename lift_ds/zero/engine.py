@@ -15,7 +15,7 @@ from torch import nn
 from lift_ds.config import LIFT_BLOCK, LiftConfig, read_ds_config
 from lift_ds.model.attach import attach
 from lift_ds.model.attachment import attachment_of, require_attachment
-from lift_ds.model.partition import is_partitioned, logical_shape
+from lift_ds.model.partition import is_partitioned
 from lift_ds.optimizer import LiftAdamW
 from lift_ds.runtime.logs import get_logger
 from lift_ds.zero.bind import bind
@@ -168,7 +168,7 @@ def _hidden_size(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(config, "hidden_size", None)
-    widest = max(logical_shape(layer.weight)[-1] for layer in require_attachment(model).layers.values())
+    widest = max(weight.layout.columns for weight in require_attachment(model).weights.values())
     return int(size or widest)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from deepspeed.utils import get_z3_leaf_modules
 from torch import nn
 
-from lift_ds.model.layers import principal_layers
 from lift_ds.model.parameters import PrincipalSet
+from lift_ds.model.weights import principal_weights
 
 
 class _NeverALeaf:
@@ -41,7 +41,7 @@ def let_gradients_reach_leaves(model: nn.Module) -> None:
     Raises:
         ValueError: the model has no way to make its inputs require gradients.
     """
-    leaves = [leaf for leaf in get_z3_leaf_modules(model) if next(principal_layers(leaf), None) is not None]
+    leaves = [leaf for leaf in get_z3_leaf_modules(model) if next(principal_weights(leaf), None) is not None]
     if not leaves:
         return
     holders: list[Any] = [module for module in model.modules() if hasattr(module, "enable_input_require_grads")]

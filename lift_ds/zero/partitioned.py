@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex
 from lift_ds.model.partition import is_partitioned
-from lift_ds.refresh.carry import Range
+from lift_ds.refresh.carry import Range, within
 
 
 def gathered(parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
@@ -44,9 +44,9 @@ class ZeroPartition:
         """One all-gather."""
         return gathered(parameters)
 
-    def collected(self, parameter: Any, owner: int) -> Tensor | None:
-        """One gather to the owner."""
-        return gathered_to(parameter, owner)
+    def collected(self, parameter: Any, owner: int, span: Range) -> Tensor | None:
+        """What other ranks hold of it is sent to the owner."""
+        return gathered_to(parameter, owner, span)
 
     def partition_like(self, parameter: Any, others: Sequence[Tensor]) -> None:
         """One broadcast each; afterwards each rank holds 1/N of each."""
@@ -63,29 +63,77 @@ def empty_if_partitioned(parameter: Any) -> None:
 
 
 @torch.no_grad()
-def gathered_to(parameter: Any, owner: int) -> Tensor | None:
-    """Make a partitioned parameter whole on one rank: its shards are gathered there, once over the network in total.
+def gathered_to(parameter: Any, owner: int, span: Range) -> Tensor | None:
+    """Make a partitioned parameter, or a part of it, whole on one rank; each entry crosses the network once at most.
 
     Args:
         parameter: a partitioned parameter; stays as it is.
         owner: rank within the parameter's group.
+        span: flat positions [start, stop).
 
     Returns:
-        A copy in the logical shape on the owner, None on the other ranks; all of them call.
+        A copy of that part on the owner, 1-D; None on the other ranks. All of them call. A whole parameter takes one
+        gather. For a part, those that hold something of it send that to the owner, and the others nothing.
     """
     group = parameter.ds_process_group
-    ranks, is_owner = comm.get_world_size(group=group), comm.get_rank(group=group) == owner
+    rank, ranges = comm.get_rank(group=group), shard_ranges(parameter)
+    pieces = within(ranges, *span)
+    if rank != owner and pieces[rank] == (0, 0):
+        return None
     with shard_in_memory(parameter, write=False) as held:
         shard = held.detach().to(get_accelerator().current_device_name())
         if lives_on_nvme(parameter) and shard.data_ptr() == held.data_ptr():
             shard = shard.clone()  # its buffer is used again
-    if ranks == 1:
-        return shard[: parameter.ds_numel].view(parameter.ds_shape).clone()
+    if len(ranges) == 1:
+        return shard[slice(*span)].clone()
+    if span == (0, parameter.ds_numel):
+        return _all_of(shard, parameter, owner)
+    own = slice(
+        max(span[0], ranges[rank][0]) - ranges[rank][0], max(0, min(span[1], ranges[rank][1]) - ranges[rank][0])
+    )
+    return _sent_to(owner, shard[own], pieces, group)
+
+
+def _all_of(shard: Tensor, parameter: Any, owner: int) -> Tensor | None:
+    """Gather all shards of a parameter; one gather."""
+    group = parameter.ds_process_group
+    ranks, is_owner = comm.get_world_size(group=group), comm.get_rank(group=group) == owner
     whole = torch.empty(ranks, shard.numel(), dtype=shard.dtype, device=shard.device) if is_owner else None
     # As bytes: not every backend gathers every dtype.
     parts = [part.view(torch.uint8) for part in whole] if whole is not None else None
     comm.gather(shard.view(torch.uint8), parts, dst=comm.get_global_rank(group, owner), group=group)
-    return None if whole is None else whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+    return None if whole is None else whole.view(-1)[: parameter.ds_numel]
+
+
+def _sent_to(owner: int, own: Tensor, pieces: Sequence[Range], group: Any) -> Tensor | None:
+    """Send what each rank holds of something to its owner.
+
+    Args:
+        owner: rank within the group.
+        own: what this rank holds, perhaps nothing.
+        pieces: for each rank what it holds of it, counted from its beginning.
+        group: of the ranks.
+    """
+    # In one batch, which NCCL runs on the group's own communicator. As bytes: not every backend sends every dtype.
+    rank = comm.get_rank(group=group)
+    if rank != owner:
+        _exchange([comm.P2POp(comm.isend, own.view(torch.uint8), comm.get_global_rank(group, owner), group)])
+        return None
+    whole = own.new_empty(max(last for _, last in pieces))
+    _exchange(
+        [
+            comm.P2POp(comm.irecv, whole[slice(*piece)].view(torch.uint8), comm.get_global_rank(group, other), group)
+            for other, piece in enumerate(pieces)
+            if other != rank and piece[0] < piece[1]
+        ]
+    )
+    whole[slice(*pieces[rank])] = own
+    return whole
+
+
+def _exchange(operations: list[Any]) -> None:
+    for handle in comm.batch_isend_irecv(operations) if operations else ():
+        handle.wait()
 
 
 def lives_on_nvme(parameter: Any) -> bool:

@@ -11,6 +11,7 @@ module.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import types
@@ -26,7 +27,7 @@ from torch import Tensor
 from lift_ds import checkpoint
 from lift_ds.index.access import access_to
 from lift_ds.index.encoding import CompactIndex, IndexLayout
-from lift_ds.model.layers import INDEX_WORDS, PRINCIPAL_KEYS, VALUES
+from lift_ds.model.weights import PRINCIPAL_KEYS, is_principal
 from lift_ds.runtime.ranks import alone
 
 #: File -> its content.
@@ -96,8 +97,7 @@ def _plain(collect: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict without the keys that LIFT has added."""
-    own = tuple(f".{key}" for key in PRINCIPAL_KEYS)
-    return {key: value for key, value in state.items() if not f".{key}".endswith(own)}
+    return {key: value for key, value in state.items() if not is_principal(key)}
 
 
 @dataclass
@@ -109,6 +109,7 @@ class _TrainedWeight:
     values: Any
     words: Any
     block_shape: tuple[int, int]
+    matrices: int
     dtype: torch.dtype = torch.float32
 
     @property
@@ -117,8 +118,8 @@ class _TrainedWeight:
 
     def contiguous(self) -> Tensor:
         weight, values = self.weight.contiguous().float(), self.values.contiguous().float()
-        rows, columns = weight.shape
-        layout = IndexLayout(rows, columns, values.numel(), self.block_shape)
+        rows = math.prod(weight.shape[:2]) if self.matrices > 1 else weight.shape[0]
+        layout = IndexLayout(rows, weight.numel() // rows, values.numel(), self.block_shape, self.matrices)
         access_to(CompactIndex(self.words.contiguous(), layout)).put(weight.view(-1), 0, values.view(-1))
         return weight
 
@@ -147,9 +148,11 @@ def plain_state_dict(
     blocks: Any = tuple(description["config"]["block_shape"])
     whole = _deepspeeds_state_dict(checkpoint_dir, tag, lazy_mode=True)
     plain = _without(whole)
-    for name in description["matrices"]:
-        weight, values, words = (whole[f"{name}.{key}"] for key in ("weight", VALUES, INDEX_WORDS))
-        plain[f"{name}.weight"] = _TrainedWeight(weight, values, words, blocks)
+    for name, about in description["matrices"].items():
+        # A weight goes by the name of its module where that calls it "weight".
+        full_name, before = (f"{name}.weight", f"{name}.") if f"{name}.weight" in plain else (name, f"{name}_")
+        values, words = (whole[before + key] for key in PRINCIPAL_KEYS)
+        plain[full_name] = _TrainedWeight(plain[full_name], values, words, blocks, about.get("matrices", 1))
     return plain if lazy_mode else zero_to_fp32.to_torch_tensor(plain)
 
 

@@ -10,7 +10,7 @@ dropped out there. No rank ever has the state of a whole matrix.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,14 @@ class Held:
 
     Args:
         old: the index they belong to, whole.
-        state: gives the state of this rank's range of it, on any device; a copy may be made where it lives on a disk.
+        state: that of this rank's range of it, on any device.
         new: the index they are to belong to, whole.
         current: the weights at this rank's range of the new index.
         ranges: of each rank, in both indices.
     """
 
     old: CompactIndex
-    state: Callable[[], PrincipalState]
+    state: PrincipalState
     new: CompactIndex
     current: Tensor
     ranges: Sequence[Range]
@@ -100,13 +100,12 @@ def _move(one: Held, rank: int) -> _Move:
     coming = found_in(old_index, new_part, one.ranges)
     first = sum(coming.holders[:rank])
     own = coming.others[first : first + coming.holders[rank]] - start
-    state = one.state()
-    stayed = _taken(state, own)
+    stayed = _taken(one.state, own)
     if holders(one.ranges) == 1:
         return _Move(coming, stayed, stayed[:, :0].T, [0] * len(one.ranges))
     candidates = outside(old_part, new_part)
     leaving = found_in(new_index, old_part.index_select(0, candidates), one.ranges)
-    rows = _taken(state, candidates.index_select(0, leaving.places)).T
+    rows = _taken(one.state, candidates.index_select(0, leaving.places)).T
     return _Move(coming, stayed, rows, leaving.holders)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property, partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm
@@ -27,10 +27,18 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from lift_ds.index.encoding import CompactIndex
-from lift_ds.model.layers import PrincipalLayer
-from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range
-from lift_ds.refresh.store import DenseStore, NewIndex, differences, put_values, weights_at, write_back_batches
+from lift_ds.index.encoding import CompactIndex, stacked
+from lift_ds.model.weights import PrincipalWeight
+from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, within
+from lift_ds.refresh.store import (
+    DenseStore,
+    NewIndex,
+    differences,
+    matrix_of,
+    put_values,
+    weights_at,
+    write_back_batches,
+)
 from lift_ds.zero.partitioned import (
     assign,
     empty_if_partitioned,
@@ -45,8 +53,10 @@ from lift_ds.zero.partitioned import (
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.state_exchange import Held, carry_between
 
-#: Layers that are carried over together at most: each rank holds their new indices.
+#: Weights that are carried over together at most: each rank holds their new indices.
 _TURN = 4
+
+Thing = TypeVar("Thing")
 
 
 class MasterCopyStore(DenseStore):
@@ -66,8 +76,8 @@ class MasterCopyStore(DenseStore):
             for low, master in zip(low_group, master_group, strict=True)
         }
 
-    def master(self, layer: PrincipalLayer) -> Tensor:
-        return self._masters[id(layer.principal_values)]
+    def master(self, weight: PrincipalWeight) -> Tensor:
+        return self._masters[id(weight.principal_values)]
 
 
 class _RankedStore:
@@ -102,10 +112,25 @@ class _RankedStore:
         comm.all_reduce(anywhere, op=comm.ReduceOp.MAX, group=self._group)
         return [bool(flag) for flag in anywhere.tolist()]
 
-    def _batches(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
-        """Cut layers into turns in which a rank holds no more, of the states, than of one matrix alone."""
+    def _batches(self, things: Sequence[Thing]) -> list[list[Thing]]:
+        """Cut weights, or matrices, into turns in which a rank holds no more, of the states, than of one alone."""
         size = min(self.ranks, _TURN)
-        return [list(layers[start : start + size]) for start in range(0, len(layers), size)]
+        return [list(things[start : start + size]) for start in range(0, len(things), size)]
+
+    def _carry_all(self, held: Sequence[tuple[Held, PrincipalState]]) -> int:
+        """Carry the states of some matrices over, a few at a time; return how many of this rank's entries are new.
+
+        Args:
+            held: of each matrix what this rank holds, and where its new state is to go.
+        """
+        replaced = 0
+        for batch in self._batches(held):
+            states = carry_between([one for one, _ in batch], self._group)
+            for (_, target), (state, count) in zip(batch, states, strict=True):
+                for tensor, value in zip(target, state, strict=True):
+                    tensor.copy_(value)
+                replaced += count
+        return replaced
 
     def total(self, count: int) -> int:
         """One all-reduce."""
@@ -136,9 +161,9 @@ class _RankedStore:
         comm.broadcast(tensor.view(torch.uint8), self._global(owner), group=self._group)
         return tensor
 
-    def _words_from_owner(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> Tensor:
+    def _words_from_owner(self, weight: PrincipalWeight, owner: int, selection: NewIndex | None) -> Tensor:
         words = None if selection is None else selection.words
-        return self._from_owner(owner, words, layer.principal.index.word_count(), torch.int32)
+        return self._from_owner(owner, words, weight.layout.of_one.word_count(), torch.int32)
 
 
 class PartitionedStateStore(_RankedStore):
@@ -151,86 +176,79 @@ class PartitionedStateStore(_RankedStore):
     Args:
         wrapper: DeepSpeed's optimizer.
         index: the sharded index; None where it is replicated.
-        layers: all managed layers.
+        weights: all managed ones.
     """
 
     sharded = False
 
-    def __init__(self, wrapper: Any, index: ShardedIndex | None, layers: Sequence[PrincipalLayer]) -> None:
+    def __init__(self, wrapper: Any, index: ShardedIndex | None, weights: Sequence[PrincipalWeight]) -> None:
         super().__init__(wrapper.real_dp_process_group[0])
         self._optimizer = wrapper.optimizer
         self._index = index
-        self._layers = list(layers)
+        self._weights = list(weights)
 
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        return layer.weight.detach() if owner == self.rank else None
+    def collect(self, weight: PrincipalWeight, number: int, owner: int) -> Tensor | None:
+        return matrix_of(weight, number) if owner == self.rank else None
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
-        return NewIndex(layer.principal.index.encode(index), None)
+    def choose(self, weight: PrincipalWeight, matrix: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(weight.principal.index.encode(index), None)
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
-        return NewIndex(self._words_from_owner(layer, owner, selection), None)
+    def hand_out(self, weight: PrincipalWeight, owner: int, selection: NewIndex | None) -> NewIndex:
+        return NewIndex(self._words_from_owner(weight, owner, selection), None)
 
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        return nullcontext() if self._index is None else self._index.whole(layer.principal.index)
+    def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:
+        return nullcontext() if self._index is None else self._index.whole(weight.principal.index)
 
-    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
-        """In a turn are layers whose states lie with different ranks, which then work at the same time.
+    def turns(self, weights: Sequence[PrincipalWeight]) -> list[list[PrincipalWeight]]:
+        """In a turn are weights whose states lie with different ranks, which then work at the same time.
 
         One all-gather at the first call.
         """
-        of_ranks: list[list[PrincipalLayer]] = [[] for _ in range(self.ranks)]
-        for layer in layers:
-            first_holder = next(rank for rank, (start, stop) in enumerate(self._ranges[layer]) if start < stop)
-            of_ranks[first_holder].append(layer)
-        turns = ([layer for layer in turn if layer is not None] for turn in zip_longest(*of_ranks))
+        of_ranks: list[list[PrincipalWeight]] = [[] for _ in range(self.ranks)]
+        for weight in weights:
+            first_holder = next(rank for rank, (start, stop) in enumerate(self._ranges[weight]) if start < stop)
+            of_ranks[first_holder].append(weight)
+        turns = ([weight for weight in turn if weight is not None] for turn in zip_longest(*of_ranks))
         return [batch for turn in turns for batch in self._batches(turn)]
 
     @torch.no_grad()
-    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
+    def carry(self, new: Sequence[tuple[PrincipalWeight, Sequence[NewIndex]]]) -> int:
         with ExitStack() as stack:
-            for layer, _ in new:
-                stack.enter_context(self.whole_index(layer))
-            replaced = self._carry_fragments(new)
-        for layer, selection in new:
+            for weight, _ in new:
+                stack.enter_context(self.whole_index(weight))
+            replaced = self._carry_all([one for weight, selections in new for one in self._held(weight, selections)])
+        for weight, selections in new:
             # On every rank from its own W, which has been written back.
-            new_index = CompactIndex(selection.words, layer.principal.index.layout)
-            layer.principal_values.copy_(weights_at(layer.weight, new_index))
+            words = stacked([selection.words for selection in selections], weight.layout)
+            weight.principal_values.copy_(weights_at(weight.weight, CompactIndex(words, weight.layout)))
             if self._index is None:
-                layer.principal.index.words.copy_(selection.words)
+                weight.principal.index.words.copy_(words)
             else:
-                self._index.store(layer.principal.index, selection.words)
+                self._index.store(weight.principal.index, words)
         return replaced
 
-    def _carry_fragments(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
-        """Carry over the fragments of master and moments that this rank holds; return how many entries are new."""
-        held = [self._held(layer, selection) for layer, selection in new]
-        replaced = 0
-        for one, (state, count) in zip(held, carry_between(held, self._group), strict=True):
-            for mine, tensor in zip(one.state(), state, strict=True):
-                mine.copy_(tensor)
-            replaced += count
-        return replaced
-
-    def _held(self, layer: PrincipalLayer, selection: NewIndex) -> Held:
-        """Return what this rank holds of a layer; the weights have been written back."""
-        index, ranges = layer.principal.index, self._ranges[layer]
-        start, stop = ranges[self.rank]
-        new = CompactIndex(selection.words, index.layout)
-        current = layer.weight.detach().view(-1)[:0]
-        if start < stop:
-            current = layer.weight.detach().view(-1)[new.positions()[start:stop].long()]
-        return Held(index.compact(), partial(self._own_state, layer.principal_values), new, current, ranges)
+    def _held(self, weight: PrincipalWeight, selections: Sequence[NewIndex]) -> Iterator[tuple[Held, PrincipalState]]:
+        """Yield what this rank holds of each matrix of a weight; the weights have been written back."""
+        whole, old = self._own_state(weight.principal_values), weight.principal.index.compact()
+        for number, (selection, state, ranges) in enumerate(
+            zip(selections, *_of_matrices(whole, self._ranges[weight], self.rank, weight), strict=True)
+        ):
+            new = CompactIndex(selection.words, old.layout.of_one)
+            current = weight.weight.detach().view(-1)[:0]
+            start, stop = ranges[self.rank]
+            if start < stop:
+                current = matrix_of(weight, number).view(-1)[new.positions()[start:stop].long()]
+            yield Held(old.of_matrix(number), state, new, current, ranges), state
 
     @cached_property
-    def _ranges(self) -> dict[PrincipalLayer, list[Range]]:
-        """Of the k entries of each layer the range whose state each rank holds; one all-gather."""
-        own = [_own_range(layer.principal_values) for layer in self._layers]
-        mine = torch.tensor(own, device=get_accelerator().current_device_name()).flatten()  # [2 * layers]
+    def _ranges(self) -> dict[PrincipalWeight, list[Range]]:
+        """Of the k entries of each weight the range whose state each rank holds; one all-gather."""
+        own = [_own_range(weight.principal_values) for weight in self._weights]
+        mine = torch.tensor(own, device=get_accelerator().current_device_name()).flatten()  # [2 * weights]
         everyone = mine.new_empty(self.ranks * mine.numel())
         comm.all_gather_into_tensor(everyone, mine, group=self._group)
-        of_layers = everyone.view(self.ranks, -1, 2).transpose(0, 1).tolist()  # [layers, N, 2]
-        return {layer: [*map(tuple, found)] for layer, found in zip(self._layers, of_layers, strict=True)}
+        of_weights = everyone.view(self.ranks, -1, 2).transpose(0, 1).tolist()  # [weights, N, 2]
+        return {weight: [*map(tuple, found)] for weight, found in zip(self._weights, of_weights, strict=True)}
 
     def _own_state(self, values: Any) -> PrincipalState:
         """Return master and moments of the fragment that this rank holds, as they lie in DeepSpeed's flat groups."""
@@ -245,31 +263,31 @@ class PartitionedStateStore(_RankedStore):
             return PrincipalState(master, *(torch.zeros_like(master) for _ in MOMENTS))
         return PrincipalState(master, *(state[key].narrow(0, address.start, address.numel) for key in MOMENTS))
 
-    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
-        for layer in layers:
-            with self.whole_index(layer):
-                put_values(layer.weight, layer.principal.index.compact(), layer.principal_values)
+    def write_back(self, weights: Sequence[PrincipalWeight]) -> None:
+        for weight in weights:
+            with self.whole_index(weight):
+                put_values(weight.weight, weight.principal.index.compact(), weight.principal_values)
 
-    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
+    def compare(self, weights: Sequence[PrincipalWeight], *, write_first: bool) -> Tensor:
         if self._index is not None:
             self._index.require_same_order()
-        return self._totals([self._compared(layer, write_first) for layer in layers])
+        return self._totals([self._compared(weight, write_first) for weight in weights])
 
-    def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
+    def _compared(self, weight: PrincipalWeight, write_first: bool) -> tuple[Tensor, int]:
         """Count in the part of the master values that this rank holds."""
-        with self.whole_index(layer):
-            index = layer.principal.index.compact()
+        with self.whole_index(weight):
+            index = weight.principal.index.compact()
             if write_first:
-                put_values(layer.weight, index, layer.principal_values)
-            start, stop = _own_range(layer.principal_values)
-            master = _own_fragment(layer.principal_values)
-            return differences(weights_at(layer.weight, index)[start:stop], master), stop - start
+                put_values(weight.weight, index, weight.principal_values)
+            start, stop = _own_range(weight.principal_values)
+            master = _own_fragment(weight.principal_values)
+            return differences(weights_at(weight.weight, index)[start:stop], master), stop - start
 
     def release(self) -> None:
         if self._index is not None:
             self._index.release_all()
 
-    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
+    def end_backward(self, weights: Iterable[PrincipalWeight]) -> None:
         pass
 
 
@@ -291,78 +309,99 @@ class PartitionedParameterStore(_RankedStore):
         super().__init__(wrapper.dp_process_group)
         self._offload = wrapper.parameter_offload
 
-    def collect(self, layer: PrincipalLayer, owner: int) -> Tensor | None:
-        return gathered_to(layer.weight, owner)
+    def collect(self, weight: PrincipalWeight, number: int, owner: int) -> Tensor | None:
+        size = weight.shape().numel()
+        found = gathered_to(weight.weight, owner, (number * size, (number + 1) * size))
+        return None if found is None else found.view(weight.shape())
 
-    def choose(self, layer: PrincipalLayer, weight: Tensor, index: Tensor) -> NewIndex:
-        return NewIndex(layer.principal.index.encode(index), weight.view(-1)[index.long()])
+    def choose(self, weight: PrincipalWeight, matrix: Tensor, index: Tensor) -> NewIndex:
+        return NewIndex(weight.principal.index.encode(index), matrix.view(-1)[index.long()])
 
-    def hand_out(self, layer: PrincipalLayer, owner: int, selection: NewIndex | None) -> NewIndex:
+    def hand_out(self, weight: PrincipalWeight, owner: int, selection: NewIndex | None) -> NewIndex:
         """One broadcast, of index and weights behind each other."""
         parcel = None
         if selection is not None:
             assert selection.current is not None, "the owner hands out the weights too"
             parcel = torch.cat([selection.words.view(torch.uint8), selection.current.view(torch.uint8)])
-        size = 4 * layer.principal.index.word_count()  # bytes of the index
-        whole = size + layer.entries() * layer.weight.element_size()
-        parcel = self._from_owner(owner, parcel, whole, torch.uint8)
+        one, dtype = weight.layout.of_one, weight.weight.dtype
+        size = 4 * one.word_count()  # bytes of the index
+        parcel = self._from_owner(owner, parcel, size + one.entries * dtype.itemsize, torch.uint8)
         # A copy of the second part, which need not begin where numbers of its size may.
-        return NewIndex(parcel[:size].view(torch.int32), parcel[size:].clone().view(layer.weight.dtype))
+        return NewIndex(parcel[:size].view(torch.int32), parcel[size:].clone().view(dtype))
 
-    def whole_index(self, layer: PrincipalLayer) -> AbstractContextManager[object]:
-        return gathered([layer.principal.index.words])
+    def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:
+        return gathered([weight.principal.index.words])
 
-    def turns(self, layers: Sequence[PrincipalLayer]) -> list[list[PrincipalLayer]]:
+    def turns(self, weights: Sequence[PrincipalWeight]) -> list[list[PrincipalWeight]]:
         """The old indices of a turn are gathered in one collective."""
-        return self._batches(layers)
+        return self._batches(weights)
 
     @torch.no_grad()
-    def carry(self, new: Sequence[tuple[PrincipalLayer, NewIndex]]) -> int:
-        with gathered([layer.principal.index.words for layer, _ in new]):
-            old = [layer.principal.index.compact() for layer, _ in new]
-        held = [_held(layer, index, selection) for (layer, selection), index in zip(new, old, strict=True)]
-        replaced = 0
-        for (layer, selection), (state, count) in zip(new, carry_between(held, self._group), strict=True):
-            assert selection.current is not None, "the owner hands out the weights too"
-            _store_state(layer.principal_values, state)
-            assign(layer.principal_values, selection.current)
-            assign(layer.principal.index.words, selection.words)
-            replaced += count
+    def carry(self, new: Sequence[tuple[PrincipalWeight, Sequence[NewIndex]]]) -> int:
+        with gathered([weight.principal.index.words for weight, _ in new]):
+            old = [weight.principal.index.compact() for weight, _ in new]
+        states = [_own_state(weight.principal_values) for weight, _ in new]
+        replaced = self._carry_all(
+            [
+                one
+                for (weight, selections), index, state in zip(new, old, states, strict=True)
+                for one in _held(weight, index, selections, state, self.rank)
+            ]
+        )
+        for (weight, selections), state in zip(new, states, strict=True):
+            _store_state(weight.principal_values, state)
+            assign(weight.principal_values, torch.cat([_current(selection) for selection in selections]))
+            words = stacked([selection.words for selection in selections], weight.layout)
+            assign(weight.principal.index.words, words)
         return replaced
 
-    def write_back(self, layers: Sequence[PrincipalLayer]) -> None:
-        for layer in _whole_in_batches(layers):
-            put_values_in_shard(layer.weight, layer.principal.index.compact(), layer.principal_values.detach())
+    def write_back(self, weights: Sequence[PrincipalWeight]) -> None:
+        for weight in _whole_in_batches(weights):
+            put_values_in_shard(weight.weight, weight.principal.index.compact(), weight.principal_values.detach())
 
-    def compare(self, layers: Sequence[PrincipalLayer], *, write_first: bool) -> Tensor:
-        return self._totals([self._compared(layer, write_first) for layer in _whole_in_batches(layers)])
+    def compare(self, weights: Sequence[PrincipalWeight], *, write_first: bool) -> Tensor:
+        return self._totals([self._compared(weight, write_first) for weight in _whole_in_batches(weights)])
 
-    def _compared(self, layer: PrincipalLayer, write_first: bool) -> tuple[Tensor, int]:
+    def _compared(self, weight: PrincipalWeight, write_first: bool) -> tuple[Tensor, int]:
         """Count where this rank's shard of W is not θ, and where θ is not this rank's part of the master values."""
-        index, values = layer.principal.index.compact(), layer.principal_values.detach()
+        index, values = weight.principal.index.compact(), weight.principal_values.detach()
         if write_first:
-            put_values_in_shard(layer.weight, index, values)
-        start, stop = shard_range(layer.principal_values)
-        master = _own_master(layer.principal_values)[: stop - start]
-        unwritten = differences(values, weights_in_shard(layer.weight, index, values))
+            put_values_in_shard(weight.weight, index, values)
+        start, stop = shard_range(weight.principal_values)
+        master = _own_master(weight.principal_values)[: stop - start]
+        unwritten = differences(values, weights_in_shard(weight.weight, index, values))
         return unwritten + differences(values[start:stop], master), stop - start
 
     def release(self) -> None:
         pass
 
-    def end_backward(self, layers: Iterable[PrincipalLayer]) -> None:
+    def end_backward(self, weights: Iterable[PrincipalWeight]) -> None:
         """Without it the weights of layers stay whole whose input needs no gradient, such as the first ones."""
         self._offload.release_backward_leftovers()
-        for layer in layers:
-            empty_if_partitioned(layer.principal_values)  # autograd has seen θ in its logical shape
+        for weight in weights:
+            empty_if_partitioned(weight.principal_values)  # autograd has seen θ in its logical shape
 
 
-def _whole_in_batches(layers: Sequence[PrincipalLayer]) -> Iterator[PrincipalLayer]:
-    """Yield layers whose θ and I are whole meanwhile; one all-gather for each batch of them."""
-    for batch in write_back_batches([layer.entries() for layer in layers]):
-        principal = [layer.principal for layer in layers[batch]]
+def _of_matrices(
+    state: PrincipalState, ranges: Sequence[Range], rank: int, weight: PrincipalWeight
+) -> tuple[list[PrincipalState], list[list[Range]]]:
+    """Cut what a rank holds of a weight into what it holds of each of its matrices; views, and the ranges there."""
+    k, (first, last) = weight.layout.of_one.entries, ranges[rank]
+    states, of_matrices = [], []
+    for number in range(weight.matrices):
+        start, stop = number * k, (number + 1) * k
+        of_matrices.append(within(ranges, start, stop))
+        own = slice(max(start, first) - first, max(min(stop, last) - first, max(start, first) - first))
+        states.append(PrincipalState(*(tensor[own] for tensor in state)))
+    return states, of_matrices
+
+
+def _whole_in_batches(weights: Sequence[PrincipalWeight]) -> Iterator[PrincipalWeight]:
+    """Yield weights whose θ and I are whole meanwhile; one all-gather for each batch of them."""
+    for batch in write_back_batches([weight.entries() for weight in weights]):
+        principal = [weight.principal for weight in weights[batch]]
         with gathered([p for one in principal for p in (one.values, one.index.words)]):
-            yield from layers[batch]
+            yield from weights[batch]
 
 
 def _own_range(values: Any) -> Range:
@@ -378,13 +417,20 @@ def _own_fragment(values: Any) -> Tensor:
     return values.new_empty(0) if values._hp_mapping is None else values._hp_mapping.get_hp_fragment()
 
 
-def _held(layer: PrincipalLayer, old: CompactIndex, selection: NewIndex) -> Held:
-    """Return what this rank of stage 3 holds of a layer."""
+def _held(
+    weight: PrincipalWeight, old: CompactIndex, selections: Sequence[NewIndex], whole: PrincipalState, rank: int
+) -> Iterator[tuple[Held, PrincipalState]]:
+    """Yield what this rank of stage 3 holds of each matrix of a weight, and where its new state is to go."""
+    of_matrices = _of_matrices(whole, shard_ranges(weight.principal_values), rank, weight)
+    for number, (selection, state, ranges) in enumerate(zip(selections, *of_matrices, strict=True)):
+        new = CompactIndex(selection.words, old.layout.of_one)
+        current = _current(selection)[slice(*ranges[rank])]
+        yield Held(old.of_matrix(number), state, new, current, ranges), state
+
+
+def _current(selection: NewIndex) -> Tensor:
     assert selection.current is not None, "the owner hands out the weights too"
-    values, ranges = layer.principal_values, shard_ranges(layer.principal_values)
-    start, stop = shard_range(values)
-    new = CompactIndex(selection.words, old.layout)
-    return Held(old, partial(_own_state, values), new, selection.current[start:stop], ranges)
+    return selection.current
 
 
 def _own_state(values: Any) -> PrincipalState:

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lift_ds.model.attachment import Attachment
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.refresh.driver import Driver
 from lift_ds.refresh.store import PrincipalStore
 from lift_ds.runtime import watchdog
@@ -42,9 +41,8 @@ _STORE_CALLS = {
 class _WatchedStore:
     """A store whose calls are noted as parts of what is going on; everything else is the store's own."""
 
-    def __init__(self, store: PrincipalStore, attachment: Attachment) -> None:
+    def __init__(self, store: PrincipalStore) -> None:
         self._store = store
-        self._names = {id(layer): name for name, layer in attachment.layers.items()}
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._store, name)
@@ -52,27 +50,24 @@ class _WatchedStore:
             return value
 
         def noted(*args: Any, **kwargs: Any) -> Any:
-            about = self._name(args[0]) if args and isinstance(args[0], PrincipalLayer) else ""
+            about = args[0].name if args and isinstance(args[0], PrincipalWeight) else ""
             with watchdog.during(f"{_STORE_CALLS[name]} {about}".rstrip()):
                 return value(*args, **kwargs)
 
         return noted
 
     @contextlib.contextmanager
-    def whole_index(self, layer: PrincipalLayer) -> Iterator[object]:
+    def whole_index(self, weight: PrincipalWeight) -> Iterator[object]:
         """Only entering the context communicates."""
         with contextlib.ExitStack() as stack:
-            with watchdog.during(f"gathering the index of {self._name(layer)}"):
-                index = stack.enter_context(self._store.whole_index(layer))
+            with watchdog.during(f"gathering the index of {weight.name}"):
+                index = stack.enter_context(self._store.whole_index(weight))
             yield index
 
-    def _name(self, layer: PrincipalLayer) -> str:
-        return self._names.get(id(layer), "")
 
-
-def watched_store(store: PrincipalStore, attachment: Attachment) -> PrincipalStore:
+def watched_store(store: PrincipalStore) -> PrincipalStore:
     """Return a store that does the same, and tells the watchdog of each call."""
-    return cast(PrincipalStore, _WatchedStore(store, attachment))
+    return cast(PrincipalStore, _WatchedStore(store))
 
 
 def follow_training(model: nn.Module, wrapper: Any, driver: Driver) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lift_ds
 from lift_ds.model.attachment import require_attachment
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.zero.partitioned import gathered
 
 
@@ -82,7 +82,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def whole_index(model: nn.Module, layer: PrincipalLayer) -> AbstractContextManager[object]:
+def whole_index(model: nn.Module, layer: PrincipalWeight) -> AbstractContextManager[object]:
     """Make the index of a layer whole, before a driver shards it or after."""
     driver = require_attachment(model).driver
     return gathered([layer.principal.index.words]) if driver is None else driver.store.whole_index(layer)
@@ -91,7 +91,7 @@ def whole_index(model: nn.Module, layer: PrincipalLayer) -> AbstractContextManag
 def whole_indices(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the principal indices, whole, int64."""
     found = {}
-    for name, layer in require_attachment(model).layers.items():
+    for name, layer in require_attachment(model).weights.items():
         with whole_index(model, layer):
             found[name] = layer.principal_index.long()
     return found

@@ -63,7 +63,7 @@ def train_plain(settings: lift_ds.LiftConfig) -> dict[str, Any]:
     """The llama case in one process, without DeepSpeed."""
     model = lift_ds.attach(cases.build("llama"), settings)
     optimizer = lift_ds.LiftAdamW(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    layers = require_attachment(model).layers
+    layers = require_attachment(model).weights
     losses, indices = [], []
     for step in range(cases.PARITY_STEPS):
         loss = cases.loss_of(model, "llama", step)

@@ -11,7 +11,7 @@ from cases import loss_of
 from torch import Tensor, nn
 
 from lift_ds.model.attachment import require_attachment
-from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.weights import PrincipalWeight
 from lift_ds.optimizer import LiftAdamW
 from lift_ds.selection import select, topk
 
@@ -36,8 +36,8 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def layers_of(model: nn.Module) -> dict[str, PrincipalLayer]:
-    return require_attachment(model).layers
+def layers_of(model: nn.Module) -> dict[str, PrincipalWeight]:
+    return require_attachment(model).weights
 
 
 def index_sets(model: nn.Module) -> dict[str, set[int]]:

@@ -6,6 +6,7 @@ says it assumes; the counts of published models; and one clear error where trans
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from architectures import CASES, FALCON, LLAMA, PUBLISHED, VISION, Case
 
 import lift_ds
 from lift_ds import LiftConfig, cli
-from lift_ds.model.layers import principal_layers
+from lift_ds.model.weights import principal_weights
 from lift_ds.planner.models import ModelFacts, read_facts
 
 CONFIG = LiftConfig(budget_rank=2, lra_rank=2)
@@ -51,16 +52,26 @@ def real_model(case: Case, folder: str) -> Any:
     return lift_ds.attach(getattr(transformers, case.model)(settings), CONFIG)
 
 
+def sizes_of(module: Any, weight: torch.Tensor) -> tuple[int, int, int]:
+    """How many matrices a weight is, and their rows and columns."""
+    if weight.dim() == 3 and not hasattr(module, "kernel_size"):
+        return tuple(weight.shape)
+    return (1, weight.shape[0], math.prod(weight.shape[1:]))
+
+
 def test_a_plan_has_the_matrices_entries_and_parameters_of_the_real_model(planned: Planned) -> None:
     found, model = planned.facts, real_model(planned.case, planned.folder)
-    layers = dict(principal_layers(model))
-    assert found.shapes == {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    layers = dict(principal_weights(model))
+    sizes = {name: (found.matrices[name], *shape) for name, shape in found.shapes.items()}
+    assert sizes == {name: sizes_of(layer.module, layer.weight) for name, layer in layers.items()}
     assert list(found.shapes) == list(layers)
     assert found.entries == {name: len(layer.principal_values) for name, layer in layers.items()}
     of_lift = {id(parameter) for layer in layers.values() for parameter in layer.principal.parameters()}
     plain = {name: p.numel() for name, p in model.named_parameters() if id(p) not in of_lift}
     assert found.parameters == sum(plain.values())
-    assert sorted(found.others) == sorted(plain[name] for name in plain.keys() - {f"{name}.weight" for name in layers})
+    assert sorted(found.others) == sorted(
+        plain[name] for name in plain.keys() - {layer.full_name for layer in layers.values()}
+    )
 
 
 def test_the_sizes_of_the_formulas_are_read_off_the_model(planned: Planned) -> None:
@@ -164,7 +175,7 @@ def without(content: dict[str, Any], *names: str) -> dict[str, Any]:
         ({**CASES["llama"].content, "num_attention_heads": 5}, "transformers does not take it"),
         ({**CASES["llama"].content, "rms_norm_eps": "small"}, "transformers does not take it"),
         ({**CASES["llama"].content, "hidden_act": "smile"}, "transformers cannot build a model from this LlamaConfig"),
-        ({"model_type": "resnet", "architectures": ["ResNetBackbone"]}, "ResNetBackbone has no layer LIFT can manage"),
+        ({"model_type": "resnet", "architectures": ["ResNetBackbone"]}, "ResNetBackbone has no embeddings of tokens"),
         ({"model_type": "clip_vision_model", **VISION}, "no language model of model_type='clip_vision_model'"),
         ({**CASES["gpt2"].content, "n_layer": 1, "model_type": "xlm"}, "has no emb_dim"),
     ],

@@ -110,7 +110,7 @@ def test_a_compiled_layer_has_the_gradients_of_the_layer(kind: str, autocast: bo
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = run(x)
         y.float().sin().sum().backward()
-        gradients.append([x.grad, one[0].bias.grad, one[0].principal_values.grad, y])
+        gradients.append([x.grad, one[0].bias.grad, one[0].lift_weight.principal_values.grad, y])
     for found, expected in zip(*gradients, strict=True):
         assert same_bits(found, expected)
     assert gradients[0][3].dtype == (torch.bfloat16 if autocast else torch.float32)

@@ -117,7 +117,7 @@ def test_training_follows_the_reference(name: str) -> None:
         optimizer.zero_grad()
         oracle.step()
         for place, index in oracle.indices().items():
-            assert torch.equal(model[int(place)].principal_index.long(), index)
+            assert torch.equal(model[int(place)].lift_weight.principal_index.long(), index)
             torch.testing.assert_close(model[int(place)].weight, weights[place], rtol=1e-5, atol=1e-6)
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lift_ds import LiftConfig
-from lift_ds.model.first_selection import deal_first
-from lift_ds.model.layers import principal_layers
+from lift_ds.model.first_selection import FrozenWeight, deal_first
+from lift_ds.model.weights import principal_weights
 from lift_ds.planner.configuration import read_content, settings_of
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import (
@@ -63,12 +63,12 @@ def rank(request: pytest.FixtureRequest) -> Iterator[int]:
 
 def test_nothing_is_allocated(model: nn.Module) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert sum(1 for _ in principal_layers(model)) == 560
+    assert sum(1 for _ in principal_weights(model)) == 560
 
 
 def test_the_sharded_index_of_a_rank_is_what_the_planner_says(rank: int, facts: ModelFacts) -> None:
     own = build_on_meta(settings_of(*read_content("70B")), CONFIG)  # sharding empties it
-    sharded = ShardedIndex({name: layer.principal.index for name, layer in principal_layers(own)}, None, lambda: False)
+    sharded = ShardedIndex({name: layer.principal.index for name, layer in principal_weights(own)}, None, lambda: False)
     held = sum(shard.nbytes for shard in sharded._shards.values())
     expected = persistent(setting_for(facts, CONFIG, Choice("lift", 2, False, 1, 1, True, 2048), RANKS))
     assert held == expected[INDEX]
@@ -79,7 +79,7 @@ def test_shards_of_zero3_are_what_the_planner_says(model: nn.Module, facts: Mode
     def part(parameters: list[torch.Tensor]) -> int:
         return sum(-(-p.numel() // RANKS) * p.element_size() for p in parameters)
 
-    layers = [layer for _, layer in principal_layers(model)]
+    layers = [layer for _, layer in principal_weights(model)]
     found = persistent(setting_for(facts, CONFIG, Choice("lift", 3, False, 1, 1, True, 2048), RANKS))
     assert part([layer.weight for layer in layers]) == found[WEIGHTS]
     assert part([layer.principal_values for layer in layers]) == found[TRAINED] == found[GRADIENTS]
@@ -126,7 +126,7 @@ def test_budgets(stage: int, facts: ModelFacts) -> None:
 
 
 def test_the_first_selection_is_dealt_out_evenly(model: nn.Module) -> None:
-    weights = {name: layer.weight for name, layer in principal_layers(model)}
+    weights = {name: FrozenWeight(weight.weight, weight.layout) for name, weight in principal_weights(model)}
     jobs = deal_first(weights, CONFIG, RANKS)
     assert sorted(name for names in jobs for name in names) == sorted(weights)
     assert max(map(len, jobs)) <= math.ceil(560 / RANKS) + 1 == 10

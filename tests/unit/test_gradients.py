@@ -37,7 +37,7 @@ def test_training_follows_the_reference() -> None:
         weight.requires_grad_(True)
     reference = ReferenceLift(weights, CONFIG, lambda: cases.mean_gradients(plain, weights))
     model, optimizer = trained_model()
-    layers = require_attachment(model).layers
+    layers = require_attachment(model).weights
     lift_ds.select_by_gradients(model, BATCHES)
     first = {name: layer.principal_index.long() for name, layer in layers.items()}
     assert all(torch.equal(first[name], index) for name, index in reference.indices().items())
@@ -58,9 +58,9 @@ def test_training_follows_the_reference() -> None:
 def test_measuring_takes_no_more_memory_than_one_gradient() -> None:
     model, _ = trained_model()
     attachment = require_attachment(model)
-    largest = max(layer.weight.numel() for layer in attachment.layers.values())
+    largest = max(layer.weight.numel() for layer in attachment.weights.values())
     attachment.gradients = gradients.GradientMeter(model, BATCHES, gradients.own_loss, 0)
-    values = [layer.principal_values for layer in attachment.layers.values()]
+    values = [layer.principal_values for layer in attachment.weights.values()]
     attachment.gradients._totals = {}  # measures nothing
 
     def backward() -> None:
@@ -70,11 +70,11 @@ def test_measuring_takes_no_more_memory_than_one_gradient() -> None:
     alone = allocated_peak(backward)
     attachment.gradients._totals = None
     store = attachment.driver.store
-    jobs, peaks, names = [list(attachment.layers)], [], set()
+    jobs, peaks, names = [list(attachment.weights)], [], set()
     for group in gradients.in_groups(jobs, attachment):
         names |= set(group[0])
         peaks.append(allocated_peak(lambda group=group: gradients.gradients_of(group[0], attachment, store)))  # type: ignore[misc]
-    assert names == set(attachment.layers)
+    assert names == set(attachment.weights)
     assert len(peaks) > 4
     # The sums in float32, and the tile that backward forms.
     assert max(peaks) <= alone + 2 * 4 * largest
@@ -82,7 +82,7 @@ def test_measuring_takes_no_more_memory_than_one_gradient() -> None:
 
 def test_a_bound_on_memory_makes_larger_groups() -> None:
     attachment = require_attachment(trained_model()[0])
-    jobs = [list(attachment.layers), list(attachment.layers)[:3]]
+    jobs = [list(attachment.weights), list(attachment.weights)[:3]]
     alone = gradients.in_groups(jobs, attachment)
     assert len(alone) > 4
     assert [len(of_rank) for of_rank in alone[-1]][1] == 0  # the second rank has done its own before
@@ -96,12 +96,12 @@ def test_measuring_leaves_no_trace() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     attachment.gradients = gradients.GradientMeter(model, BATCHES, gradients.own_loss, 0)
-    found = gradients.gradients_of(list(attachment.layers), attachment, attachment.driver.store)
+    found = gradients.gradients_of(list(attachment.weights), attachment, attachment.driver.store)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not attachment.reached
-    assert found.keys() == attachment.layers.keys()
+    assert found.keys() == attachment.weights.keys()
 
 
 def test_a_loss_of_your_own() -> None:
@@ -110,7 +110,7 @@ def test_a_loss_of_your_own() -> None:
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     lift_ds.select_by_gradients(model, [{"x": x}], lambda model, batch: model(batch["x"])[:, 0].sum())
     # Of the last layer only the first row has a gradient.
-    assert model[1].principal_index.tolist()[:6] == list(range(6))
+    assert model[1].lift_weight.principal_index.tolist()[:6] == list(range(6))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,19 @@ from transformers.pytorch_utils import Conv1D
 import lift_ds
 from lift_ds.index.encoding import IndexLayout, encode
 from lift_ds.model import layers
-from lift_ds.model.layers import LiftConv1D, LiftFalconLinear, LiftLinear, PrincipalLayer
+from lift_ds.model.kinds import managed_class
+from lift_ds.model.layers import LiftLinear, PrincipalLayer
 from lift_ds.model.parameters import PrincipalSet
 
 IN, OUT = 10, 7
 CONFIG = lift_ds.LiftConfig(density=0.3, lra_rank=2)
 
 #: Kind of a plain layer -> class that manages it.
-KINDS = {"linear": LiftLinear, "conv1d": LiftConv1D, "falcon": LiftFalconLinear}
+KINDS = {
+    "linear": LiftLinear,
+    "conv1d": managed_class(Conv1D, ("weight",)),
+    "falcon": managed_class(FalconLinear, ("weight",)),
+}
 
 
 def plain_layer(kind: str, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Module:
@@ -59,7 +64,7 @@ def objective(y: Tensor) -> Tensor:
 
 def principal_entries(gradient: Tensor | None, layer: PrincipalLayer) -> Tensor:
     assert gradient is not None
-    return gradient.reshape(-1)[layer.principal_index.long()]
+    return gradient.reshape(-1)[layer.lift_weight.principal_index.long()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +85,7 @@ def test_gradients_are_those_of_the_plain_layer(kind: str, leading: tuple[int, .
     torch.testing.assert_close(x.grad, x_plain.grad, **tolerance)
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad, **tolerance)
     expected = principal_entries(plain.weight.grad, layer)
-    torch.testing.assert_close(layer.principal_values.grad, expected, **tolerance)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, **tolerance)
     assert expected.abs().min() > 0  # gradients that vanished would all be equal
     assert layer.weight.grad is None
 
@@ -92,9 +97,9 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     # gradcheck's own tolerances: its differences of 1e-6 have errors near 1e-9 in float64.
     assert torch.autograd.gradcheck(lambda x, bias: layer(x), (x, layer.bias))
     objective(layer(x)).backward()
-    assert layer.principal_values.grad is not None
+    assert layer.lift_weight.principal_values.grad is not None
     step = 1e-6
-    for place, position in enumerate(layer.principal_index.tolist()):
+    for place, position in enumerate(layer.lift_weight.principal_index.tolist()):
         losses = []
         for sign in (1, -1):
             with torch.no_grad():
@@ -103,7 +108,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
                 layer.weight.view(-1)[position] -= sign * step
         # Central differences: step² + 1e-16 / step, about 1e-9 at values of this size.
         difference = (losses[0] - losses[1]) / (2 * step)
-        assert layer.principal_values.grad[place].item() == pytest.approx(difference, abs=1e-7)
+        assert layer.lift_weight.principal_values.grad[place].item() == pytest.approx(difference, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +120,7 @@ def test_gradient_is_added_up_over_micro_batches(kind: str) -> None:
             objective(model(part)).backward()
     expected = principal_entries(plain.weight.grad, layer)
     # Float64, three sums: as above.
-    torch.testing.assert_close(layer.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
     assert layer.weight.grad is None
 
 
@@ -128,7 +133,7 @@ def test_layer_without_bias() -> None:
     assert layer.bias is None
     # As above.
     expected = principal_entries(plain.weight.grad, layer)
-    torch.testing.assert_close(layer.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +143,7 @@ def test_bias_is_trained_only_where_it_is_named(kind: str) -> None:
     assert frozen.bias is not None
     assert not frozen.bias.requires_grad
     assert frozen.bias.grad is None
-    assert frozen.principal_values.grad is not None
+    assert frozen.lift_weight.principal_values.grad is not None
 
     trained = managed_twin(plain_layer(kind), extra=("bias",))
     objective(trained(inputs(3))).backward()
@@ -151,7 +156,7 @@ def test_input_that_needs_no_gradient() -> None:
     x = inputs(3).detach()
     objective(layer(x)).backward()
     assert x.grad is None
-    assert layer.principal_values.grad is not None
+    assert layer.lift_weight.principal_values.grad is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,7 +187,7 @@ def test_autocast_gives_the_gradients_of_the_plain_layer_under_autocast(kind: st
     torch.testing.assert_close(y, y_plain, **tolerance)
     torch.testing.assert_close(x.grad, x_plain.grad, **tolerance)
     torch.testing.assert_close(layer.bias.grad, plain.bias.grad, **tolerance)
-    values = layer.principal_values
+    values = layer.lift_weight.principal_values
     assert values.grad is not None
     torch.testing.assert_close(values.grad, principal_entries(plain.weight.grad, layer), **tolerance)
     assert values.grad.dtype == values.dtype == torch.float32
@@ -198,11 +203,11 @@ def test_bf16_weight_with_float32_values() -> None:
     x = inputs(3, dtype=torch.bfloat16)
     objective(layer(x)).backward()
     objective(plain(x.detach())).backward()
-    assert layer.principal_values.grad is not None
-    assert layer.principal_values.grad.dtype == layer.principal_values.dtype == torch.float32
+    assert layer.lift_weight.principal_values.grad is not None
+    assert layer.lift_weight.principal_values.grad.dtype == layer.lift_weight.principal_values.dtype == torch.float32
     # The same bf16 product; 4e-3 for another order of its sums.
     expected = principal_entries(plain.weight.grad, layer).float()
-    torch.testing.assert_close(layer.principal_values.grad, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, rtol=1e-2, atol=1e-2)
 
 
 class _Block(nn.Module):
@@ -260,10 +265,10 @@ def test_gradient_by_tiles_of_rows_is_that_of_the_whole(kind: str, tile: int, mo
     objective(plain(inputs(5))).backward()
     monkeypatch.setattr(layers, "HOST_GRADIENT_TILE", tile)
     objective(layer(inputs(5))).backward()
-    assert layer.principal_values.grad is not None
+    assert layer.lift_weight.principal_values.grad is not None
     # Float64: the same sums, in an order that may depend on the shape of the product.
     expected = principal_entries(plain.weight.grad, layer)
-    torch.testing.assert_close(layer.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (7, 1), (10, 10), (11, 3), (4096, 11008)])
@@ -286,12 +291,12 @@ def test_gradient_of_blocks_is_that_of_their_entries() -> None:
     layer.principal = PrincipalSet(layer.weight.detach().reshape(-1)[index], words, layout)
     for model in (plain, layer):
         objective(model(inputs(5))).backward()
-    assert layer.principal_index.tolist() == index.tolist()
+    assert layer.lift_weight.principal_index.tolist() == index.tolist()
     assert layer.principal.index.words.numel() == 2  # one row of blocks, two columns
-    assert layer.principal_values.grad is not None
+    assert layer.lift_weight.principal_values.grad is not None
     # Float64: as above.
     expected = principal_entries(plain.weight.grad, layer)
-    torch.testing.assert_close(layer.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(layer.lift_weight.principal_values.grad, expected, rtol=1e-12, atol=1e-13)
 
 
 def peak_bytes_of_a_backward() -> int:

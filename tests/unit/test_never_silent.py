@@ -53,7 +53,7 @@ def train_partly(model: nn.Module, steps: int) -> None:
 def test_matrices_that_no_gradient_reaches_are_named_once_and_again_where_it_lasts(lift_log: list[str]) -> None:
     train_partly(lift_ds.attach(Partly(), CONFIG), 9)
     first, second = untrained(lift_log)
-    assert "WARNING after step 1 no gradient has reached 4 of 6 managed matrices, which are not trained: " in first
+    assert "WARNING after step 1 no gradient has reached 4 of 6 managed weights, which are not trained: " in first
     assert "blocks.*.read x 2, late, idle. " in first
     assert "exclude_modules" in first
     # After the first refresh; `late` has had its first gradient in the third step.
@@ -64,7 +64,7 @@ def test_where_it_does_not_last_it_is_said_once(lift_log: list[str]) -> None:
     config = lift_ds.LiftConfig(density=0.2, lra_rank=2, refresh_interval=4, exclude_modules=("read", "idle"))
     train_partly(lift_ds.attach(Partly(), config), 9)
     (line,) = untrained(lift_log)
-    assert "1 of 3 managed matrices" in line
+    assert "1 of 3 managed weights" in line
 
 
 def test_nothing_is_said_where_all_are_reached(lift_log: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_weights_loaded_by_themselves_stay(dtype: torch.dtype) -> None:
     assert not unexpected
     for name, layer in layers_of(model).items():
         assert same_bits(layer.weight, other[f"{name}.weight"])
-        assert layer.holds_its_values(layer.principal_index)
+        assert layer.holds_its_values(layer.principal.index.compact())
     train(model, optimizer, "llama", range(1, 2))
     for name, layer in layers_of(model).items():
         # Adam's second step is at most some four times the learning rate, and bfloat16 rounds by 1 / 256 of the weight.
@@ -183,6 +183,6 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     assert layers_of(twin).keys() == layers_of(model).keys()
     for mine, its in zip(layers_of(model).values(), layers_of(twin).values(), strict=True):
         assert its is not mine
-        assert int(its.lift_handle) != int(mine.lift_handle)
+        assert int(its.module.lift_handle) != int(mine.module.lift_handle)
     train(twin, lift_ds.LiftAdamW(twin, lr=1e-2), "llama", range(3))
     assert not same_bits(twin.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lift_ds
 from lift_ds import LiftConfig
-from lift_ds.model.layers import PrincipalLayer, principal_layers
+from lift_ds.model.weights import PrincipalWeight, principal_weights
 from lift_ds.planner.estimate import Choice, setting_for
 from lift_ds.planner.formulas import (
     GRADIENTS,
@@ -70,8 +70,8 @@ class Planned:
     setting: Setting
 
     @property
-    def layers(self) -> list[PrincipalLayer]:
-        return [layer for _, layer in principal_layers(self.engine.module)]
+    def layers(self) -> list[PrincipalWeight]:
+        return [layer for _, layer in principal_weights(self.engine.module)]
 
     def dense(self) -> list[Any]:
         """What is trained beside the principal values."""
@@ -185,7 +185,7 @@ def test_what_a_refresh_sends(planned: Planned) -> None:
 def test_a_refresh_is_that_of_the_driver(planned: Planned) -> None:
     setting, driver = planned.setting, planned.engine.optimizer.driver
     found = refresh_work(planned.facts, planned.config, setting.ranks, setting.stage)
-    plan, layers, collected = driver.plan, driver.attachment.layers, setting.stage == 3
+    plan, layers, collected = driver.plan, driver.attachment.weights, setting.stage == 3
     sizes = {name: MatrixSize.of(layer.shape(), 2) for name, layer in layers.items()}
 
     def cost(name: str) -> int:

@@ -87,9 +87,9 @@ def test_a_step_reads_nothing(
     for step in range(1, 4):
         for _ in range(2):  # micro-batches
             loss_of(model).backward()
-        assert attachment.reached == set(attachment.layers.values())
+        assert attachment.reached == set(attachment.weights.values())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for layer in attachment.layers.values():
+        for layer in attachment.weights.values():
             gradient = layer.principal_values.grad
             assert gradient is not None
             assert (gradient.device, gradient.shape) == (META, (layer.entries(),))
@@ -120,7 +120,7 @@ def test_a_read_in_a_step_is_noticed(read: Callable[[Tensor], Any]) -> None:
     def hook(gradient: Tensor) -> None:
         read(gradient)
 
-    next(iter(attachment.layers.values())).principal_values.register_hook(hook)
+    next(iter(attachment.weights.values())).principal_values.register_hook(hook)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|unimplemented"):
         loss_of(model).backward()
 
@@ -159,7 +159,7 @@ def test_a_step_with_a_sharded_index_reads_nothing() -> None:
     """From the second step on; in the first the ranks compare the order of their layers."""
     model, loss_of = build("llama")
     optimizer, attachment = optimizer_for(model), in_training(model)
-    indices = {name: layer.principal.index for name, layer in attachment.layers.items()}
+    indices = {name: layer.principal.index for name, layer in attachment.weights.items()}
     sharded = ShardedIndex(indices, None, keep=lambda: True)
     with pytest.raises(NotImplementedError, match="meta"):
         loss_of(model).backward()

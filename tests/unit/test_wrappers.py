@@ -69,7 +69,7 @@ def test_a_dtensor_reaches_no_kernel() -> None:
     lift_ds.attach(nn.Sequential(layer), CONFIG)
     sharded = fully_shard(nn.Sequential(nn.Linear(8, 4, bias=False)))[0].weight
     with pytest.raises(ValueError, match=r"FSDP was given a model"):
-        put_values(sharded, layer.principal.index.compact(), layer.principal_values)
+        put_values(sharded, layer.principal.index.compact(), layer.principal.values)
 
 
 def test_an_optimizer_for_a_model_that_was_sharded_past_the_first_check_is_refused() -> None:

@@ -41,6 +41,7 @@ def copy_entries(  # type: ignore[no-untyped-def]  # Triton reads annotations, a
     P: tl.constexpr,
     Q: tl.constexpr,
     WIDE: tl.constexpr,
+    LONG: tl.constexpr,
     GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -59,6 +60,7 @@ def copy_entries(  # type: ignore[no-untyped-def]  # Triton reads annotations, a
         P: rows of a block.
         Q: columns of a block.
         WIDE: which form the index has.
+        LONG: whether flat positions need 64 bits.
         GATHER: from piece to values; else from values to piece.
         CHUNK: entries at a time.
     """
@@ -72,7 +74,7 @@ def copy_entries(  # type: ignore[no-untyped-def]  # Triton reads annotations, a
         exists = entry < count
         number = tl.load(columns + before + entry // Q, mask=exists, other=0).to(tl.int32)
         column = number - grid_row * grid_columns if WIDE else number & 0xFFFF
-        position = row * row_length + column * Q + entry % Q
+        position = (row.to(tl.int64) if LONG else row) * row_length + column * Q + entry % Q
         inside = exists & (position >= start) & (position < stop)
         if GATHER:
             value = tl.load(piece + (position - start), mask=inside)
@@ -139,7 +141,9 @@ class TritonAccess:
             arguments=(
                 piece, values, self._columns, self._starts, rows.start, start, stop, n, self._layout.grid[1],
             ),
-            constants={"P": p, "Q": q, "WIDE": self._layout.wide, "GATHER": gather, "CHUNK": _CHUNK},
+            constants={
+                "P": p, "Q": q, "WIDE": self._layout.wide, "LONG": self._layout.long, "GATHER": gather, "CHUNK": _CHUNK,
+            },
         )  # fmt: skip
 
     def _copy(self, piece: Tensor, start: int, values: Tensor, *, gather: bool) -> None:

@@ -65,7 +65,7 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
         before, index = engines.whole_weights(model), engines.whole_indices(model)
         engines.train(engine, "llama", range(step, step + 1))
         after = engines.whole_weights(model)
-        for name, layer in require_attachment(model).layers.items():
+        for name, layer in require_attachment(model).weights.items():
             differs = (before[f"{name}.weight"] != after[f"{name}.weight"]).flatten()
             trained += int(differs.sum())
             differs[index[name]] = False
@@ -135,7 +135,7 @@ def partitioned_loading(folder: str) -> dict[str, Any]:
     assert partitioned.lm_head.weight.shape == (0,), "the model did not load partitioned"
     lift_ds.attach(partitioned, SETTINGS)
     found = engines.whole_indices(partitioned)
-    indices = [layer.principal.index for layer in require_attachment(partitioned).layers.values()]
+    indices = [layer.principal.index for layer in require_attachment(partitioned).weights.values()]
     held, words = sum(i.words.ds_tensor.numel() for i in indices), sum(i.word_count() for i in indices)
     engine, _ = start(3, model=partitioned)
     losses = engines.train(engine, "llama", range(7))
@@ -179,7 +179,7 @@ def memory() -> dict[str, Any]:
 
     after_backward = foreign()
     engine.step()
-    layers = require_attachment(model).layers.values()
+    layers = require_attachment(model).weights.values()
     result = {
         "after_backward": after_backward,
         "after_step": foreign(),
@@ -196,7 +196,7 @@ def index_traffic(stage: int, placement: str, accumulation: int) -> dict[str, An
     settings = replace(SETTINGS, index_placement=placement)
     model = cases.build("llama")
     engine = engines.lift_engine(model, engines.ds_config(stage, accumulation=accumulation), settings)
-    layers = require_attachment(model).layers
+    layers = require_attachment(model).weights
     gathers, ahead = [], []
     real = comm.all_gather_into_tensor
 
@@ -241,7 +241,7 @@ def saved_models(stage: int, bf16: bool, folder: str) -> dict[str, Any]:
     if stage > 0:
         engine.save_checkpoint(f"{folder}/converted{stage}")
         masters = found["weights"] | {"model.norm.weight": safe_get_full_fp32_param(model.model.norm.weight)}
-        for name, layer in require_attachment(model).layers.items():
+        for name, layer in require_attachment(model).weights.items():
             with engines.whole_index(model, layer):
                 index = layer.principal_index.long()
             weight = masters[f"{name}.weight"] = found["weights"][f"{name}.weight"].float()
@@ -351,7 +351,7 @@ def refusals(folder: str) -> dict[str, str]:
         engine, model = start(2)
         engines.train(engine, "llama", range(1))
         if dist.get_rank() == 1:  # who owns the matrix or not: all ranks are to stop
-            for layer in require_attachment(model).layers.values():
+            for layer in require_attachment(model).weights.values():
                 layer.weight.data[3, 5] = float("nan")
         driver = driver_of(engine)
         driver._refresh(3, driver.plan.due(3))

@@ -71,7 +71,8 @@ def by_attach() -> dict[str, Any]:
 
 
 def values_at(model: nn.Module) -> bool:
-    return all(layer.holds_its_values(layer.principal_index) for layer in require_attachment(model).layers.values())
+    weights = require_attachment(model).weights.values()
+    return all(weight.holds_its_values(weight.principal.index.compact()) for weight in weights)
 
 
 def by_initialize(stage: int) -> dict[str, Any]:
