@@ -150,6 +150,19 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return Matrices() if kind == "matrices" else small_llama(dtype)
 
 
+def experts_runs(ranks: int) -> list[tuple[str, int]]:
+    """The mixtures of experts and ZeRO stages that are compared with the reference."""
+    stages = {1: [0, 3], 2: [1, 2, 3]}[ranks]
+    return [(kind, stage) for kind in EXPERTS for stage in stages]
+
+
+def managed_stacks(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> parameter, of the weights that LIFT manages in a mixture of experts, written out independently of it."""
+    linear, stacks = "_proj.weight", (".experts.gate_up_proj", ".experts.down_proj")
+    found = [(name, p) for name, p in model.named_parameters() if name.endswith((linear, *stacks))]
+    return {name.removesuffix(".weight"): parameter for name, parameter in found}
+
+
 def managed_weights(model: nn.Module, kind: str) -> dict[str, Tensor]:
     """Name of the layer -> weight, of the layers LIFT manages by default, written out independently of it."""
     if kind == "matrices":

@@ -177,9 +177,16 @@ def _manage_all(targets: Mapping[str, Target], found: dict[str, Principal]) -> d
 
 
 def _covered(model: nn.Module, targets: Targets) -> float:
-    """Return what share of the weights beside embeddings and head is in the managed matrices."""
-    ends = reserved_weights(model)
-    beside = sum(logical_shape(p).numel() for p in model.parameters() if id(p) not in ends)
+    """Return what share of the weights beside embeddings and head is in the managed matrices.
+
+    What the user has frozen does not count, where it stays so.
+    """
+    ends, managed = reserved_weights(model), {id(target.weight) for target in targets.weights.values()}
+    beside = sum(
+        logical_shape(p).numel()
+        for p in model.parameters()
+        if id(p) in managed or (p.requires_grad and id(p) not in ends)
+    )
     return sum(math.prod(target.sizes) for target in targets.weights.values()) / beside
 
 

@@ -4,6 +4,7 @@
     weight of a convolution                                 [m, c, *kernel]    one matrix [m, c * kernel]
     projections of nn.MultiheadAttention                    [m, n]             one matrix
     a parameter of three dimensions of any other module     [E, m, n]          a stack of E matrices
+    one of two dimensions whose name says "proj"            [m, n]             one matrix
 
 A side of length 1 is no side of a matrix: such parameters are vectors, or positions.
 """
@@ -48,7 +49,9 @@ def matrices_in(module: nn.Module, name: str, parameter: Any, *, every: bool = F
         sizes = (1, *shape) if name in _OF_ATTENTION else None
     elif len(shape) == 3:
         sizes = tuple(shape)
-    elif every and len(shape) == 2 and not isinstance(module, nn.Embedding):
+    elif (
+        len(shape) == 2 and "bias" not in name and ("proj" in name or (every and not isinstance(module, nn.Embedding)))
+    ):
         sizes = (1, *shape)
     if sizes is None or min(sizes[1:]) == 1 or shape[0] == 1:
         return None

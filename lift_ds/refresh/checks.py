@@ -35,8 +35,8 @@ def require_equal(store: PrincipalStore, weights: Mapping[str, PrincipalWeight],
             wrong.append(f"{name} (at {differing:,} of {found:,} entries)")
     if wrong:
         raise RuntimeError(
-            f"the optimizer's master values are not the trained weights in {len(wrong)} of {len(weights)} managed ones, the "
-            f"first of them {wrong[0]}. Nothing was selected and nothing saved. Either another program has "
+            f"the optimizer's master values are not the trained weights in {len(wrong)} of {len(weights)} matrices or "
+            f"stacks, the first of them {wrong[0]}. Nothing was selected and nothing saved. Either another program has "
             "changed weights or state, or an option of DeepSpeed keeps the state in a way that LIFT does not know: "
             "leave that option out and continue from the last checkpoint"
         )

@@ -42,7 +42,7 @@ def test_a_refresh_does_not_trust_a_state_that_is_not_that_of_the_weights(ranks:
     """Both ranks stop, before anything is selected; in stages 1 to 3 it is rank 1 that has the wrong values."""
     for results in ranks:
         run = results[f"refresh stage {stage}"]
-        assert "the optimizer's master values are not the trained weights in 1 of 14 managed ones" in run["message"]
+        assert "the optimizer's master values are not the trained weights in 1 of 14 matrices" in run["message"]
         assert re.search(r"the first of them model\.layers\.\d\.\w+\.\w+_proj \(at 5 of \d+ entries\)", run["message"])
         assert "refreshed" not in run
         assert all(torch.equal(run["indices"][name], index) for name, index in run["before"].items())
