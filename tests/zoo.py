@@ -164,7 +164,7 @@ def _wav2vec2() -> Made:
     settings = transformers.Wav2Vec2Config(
         vocab_size=_VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         conv_dim=(32, 32), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=4, pad_token_id=0, mask_time_prob=0.0, ctc_loss_reduction="mean",
+        num_conv_pos_embedding_groups=4, pad_token_id=0, mask_time_prob=0.0, layerdrop=0.0, ctc_loss_reduction="mean",
     )  # fmt: skip
     return transformers.Wav2Vec2ForCTC(settings), {"input_values": torch.randn(2, 400), "labels": _tokens(length=6)}
 
