@@ -6,8 +6,9 @@ says where each of their sizes is read, and what stands in for it where a model 
     hidden h         hidden_size of the configuration; else the width of the embeddings
     layers L         entries of the list of layers; of an encoder and a decoder both
     vocabulary V     rows of the output head; else of the embeddings
-    intermediate i   intermediate_size of the configuration, where a matrix of a layer has as many inputs or the
-                     layers have experts; else the most inputs of a matrix with h outputs; else h
+    intermediate i   of layers with experts what a token passes: moe_intermediate_size, else intermediate_size, times
+                     the experts of a token; else intermediate_size of the configuration, where a matrix of a layer has
+                     as many inputs; else the most inputs of a matrix with h outputs; else h
     key_value c      outputs of the matrix that makes the keys; of one that makes queries, keys and values at once half
                      of what the queries leave, which are as wide as the input of the attention's other matrix; else
                      the head_dim and num_key_value_heads of the configuration; else h
@@ -26,7 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lift_ds.model.weights import WEIGHTS, principal_weights
+from lift_ds.model.weights import WEIGHTS, PrincipalWeight, principal_weights
 from lift_ds.planner.formulas import Uses
 
 #: Names of the matrices that make the keys, and of those that make queries, keys and values at once.
@@ -84,7 +85,7 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         heads=_size(text, "num_attention_heads") or 1,
         layers=len(blocks),
         vocabulary=_head(model).shape[0],
-        uses=_uses(model, blocks, intermediate),
+        uses=_uses(text, model, blocks, intermediate),
         differences=_differences(model, stacks, hidden, intermediate),
     )
 
@@ -146,10 +147,19 @@ def _outputs_and_inputs(module: Any) -> tuple[int, int]:
 def _intermediate(text: Any, blocks: list[nn.Module], hidden: int) -> int:
     named = _size(text, "intermediate_size")
     found = {inputs for block in blocks for outputs, inputs in _matrices(block) if outputs == hidden}
-    # Experts are no matrices that are layers of their own. Some classes use another width than their configuration has.
-    if named and (named in found or any(_has(block, _EXPERTS) for block in blocks)):
+    if any(_has(block, _EXPERTS) for block in blocks):
+        width = _size(text, "moe_intermediate_size") or named
+        if width:
+            return width * (_experts_of_a_token(text) or 1)
+    if named and named in found:  # some classes use another width than their configuration has
         return named
     return max(found, default=hidden)
+
+
+def _experts_of_a_token(text: Any) -> int | None:
+    """Return how many experts a token passes, by the configuration; None where it does not say."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk")
+    return next((size for name in names if (size := _size(text, name))), None)
 
 
 def _key_width(blocks: list[nn.Module]) -> int | None:
@@ -170,7 +180,7 @@ def _key_width(blocks: list[nn.Module]) -> int | None:
     return None
 
 
-def _uses(model: Any, blocks: list[nn.Module], intermediate: int) -> Uses:
+def _uses(text: Any, model: Any, blocks: list[nn.Module], intermediate: int) -> Uses:
     attentions = [module for block in blocks[:1] for module in block.modules() if _is_named(module, _ATTENTION)]
     # The last matrix of an attention is that of its output; all others see the embeddings.
     inputs = [matrix for found in attentions[:1] for matrix in found.modules() if isinstance(matrix, _LINEAR)][:-1]
@@ -191,7 +201,16 @@ def _uses(model: Any, blocks: list[nn.Module], intermediate: int) -> Uses:
         ),
         ends=_entries(weight for weight in ends if not weight.requires_grad),
         tied=_entries(weight for weight in embeddings if weight is head),
+        idle=sum(_idle(weight, _experts_of_a_token(text)) for weight in managed),
+        stack=max((weight.elements() for weight in managed if weight.matrices > 1), default=0),
     )
+
+
+def _idle(weight: PrincipalWeight, experts_of_a_token: int | None) -> int:
+    """Return how many entries of a weight a token does not pass."""
+    if weight.matrices == 1 or experts_of_a_token is None or not _is_named(weight.module, _EXPERTS):
+        return 0
+    return weight.elements() * max(0, weight.matrices - experts_of_a_token) // weight.matrices
 
 
 def _entries(weights: Iterable[Tensor]) -> int:

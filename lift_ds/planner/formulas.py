@@ -37,6 +37,8 @@ class Uses:
         last_products: of the managed matrices whose product ends a layer, and is not computed again.
         ends: of the embeddings and of the head, where they are frozen.
         tied: of the head where it is an embedding too, and so is used twice; `ends` has them twice.
+        idle: of the managed matrices of experts, those that a token does not pass.
+        stack: of the largest stack of experts, whose dense gradient is whole for a moment.
     """
 
     first_inputs: int = 0
@@ -44,6 +46,8 @@ class Uses:
     last_products: int = 0
     ends: int = 0
     tied: int = 0
+    idle: int = 0
+    stack: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Setting:
         method: "full" (the managed matrices alone), "lora" or "lift".
         stage: of ZeRO.
         ranks: N.
-        shapes: [m, n] of the managed matrices.
-        trained: elements of each adapter; in full fine-tuning of each weight; for "lift" k of each matrix, in the order
+        shapes: [m, n] of the managed weights; the matrices of a stack are one below the other.
+        trained: elements of each adapter; in full fine-tuning of each weight; for "lift" k of each weight, in the order
             of `shapes`.
         dense: shape of each parameter that is trained densely beside.
         others: elements of each frozen parameter beside.

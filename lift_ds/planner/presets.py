@@ -51,6 +51,44 @@ PRESETS = {
     "13B": Preset("meta-llama/Llama-2-13b-hf", _decoder("llama", 5120, 13824, 40, 40, 40, 32000)),
     "32B": Preset("Qwen/Qwen2.5-32B", _decoder("qwen2", 5120, 27648, 64, 40, 8, 152064)),
     "70B": Preset("meta-llama/Llama-2-70b-hf", _decoder("llama", 8192, 28672, 80, 64, 8, 32000)),
+    "MIXTRAL-8X7B": Preset(
+        "mistralai/Mixtral-8x7B-v0.1",
+        _decoder("mixtral", 4096, 14336, 32, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2),
+    ),
+    "QWEN3-30B-A3B": Preset(
+        "Qwen/Qwen3-30B-A3B",
+        _decoder(
+            "qwen3_moe",
+            2048,
+            6144,
+            48,
+            32,
+            4,
+            151936,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+        ),
+    ),
+    "GPT-OSS-20B": Preset(
+        "openai/gpt-oss-20b",
+        _decoder(
+            "gpt_oss",
+            2880,
+            2880,
+            24,
+            64,
+            8,
+            201088,
+            head_dim=64,
+            num_local_experts=32,
+            num_experts_per_tok=4,
+            layer_types=["sliding_attention", "full_attention"] * 12,
+        ),
+    ),
 }
 
 

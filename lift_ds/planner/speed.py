@@ -58,6 +58,8 @@ class StepTime:
 def operations(setting: Setting, work: Activations, sequence: int) -> dict[str, float]:
     """Operations of a micro-batch on a rank.
 
+    M is without the experts that a token does not pass.
+
                         products with weights     attention, causal (s/2 keys a query)
         forward         2 t (M + h V)             2 L t s h
         recomputation   2 t M                     2 L t s h          with activation checkpointing
@@ -71,7 +73,7 @@ def operations(setting: Setting, work: Activations, sequence: int) -> dict[str, 
     """
     tokens = work.tokens
     head = work.hidden * work.vocabulary
-    layers = sum(rows * columns for rows, columns in setting.shapes)
+    layers = setting.managed - setting.uses.idle
     attention = 2.0 * work.layers * tokens * sequence * work.hidden
     forward = 2.0 * tokens * (layers + head) + attention
     again = 2.0 * tokens * layers + attention if work.checkpointing else 0.0
