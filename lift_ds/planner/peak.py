@@ -132,7 +132,7 @@ def _gathered_index(setting: Setting) -> float:
 
 
 def _weight_gradient(setting: Setting) -> float:
-    """Bytes of the largest gradient of a weight that is formed: LoRA forms none, LIFT tiles of matrices, whole stacks."""
+    """Bytes of the largest gradient of a weight that is formed: LoRA none, LIFT tiles of matrices and whole stacks."""
     largest = max(rows * columns for rows, columns in setting.shapes)
     formed = {"full": largest, "lora": 0, "lift": max(min(largest, setting.tile), setting.uses.stack)}[setting.method]
     return float(LOW * max([formed, *map(math.prod, setting.dense)]))
