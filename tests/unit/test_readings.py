@@ -1,5 +1,5 @@
 """Weights that a module reads in a forward of its own: convolutions, attention of torch, derived linear layers, stacks
-of experts. Their θ has the entries of the dense gradient. Of a stack each matrix has its own k. No dense gradient stays.
+of experts. Their θ has the entries of the dense gradient. Of a stack each matrix has its own k. No dense one stays.
 """
 
 from __future__ import annotations
