@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lift_ds.delta.export import check_new_folder, progress
 from lift_ds.delta.file import REMOVED, SAME, Change, DeltaFile
@@ -46,19 +45,17 @@ def apply_deltas(base: str, files: Sequence[str | Path], output: str | Path, on_
     shards = tuned.shards()
     total = sum(map(len, shards.values()))
     with whole_folder(output) as unfinished, progress(total, "applying") as shown:
+
+        def read(name: str) -> Tensor:
+            shown.update()
+            return tuned.read(name)
+
         for shard in (shard for shard in tuned.base.shards if shards[shard.path.name]):
-            tensors = shards[shard.path.name]
-            write_file(unfinished / shard.path.name, tensors, shard.texts, _read_all(tuned, tensors, shown))
+            write_file(unfinished / shard.path.name, shards[shard.path.name], shard.texts, read)
         for path in tuned.base.beside():
             shutil.copyfile(path, unfinished / path.name)
         _write_index(unfinished, tuned.base.folder / INDEX, shards)
     return output
-
-
-def _read_all(tuned: TunedModel, names: Iterable[str], shown: tqdm) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield name, tuned.read(name)
-        shown.update()
 
 
 class TunedModel:

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -107,23 +107,21 @@ def header_of(tensors: Mapping[str, Entry], texts: Mapping[str, str]) -> bytes:
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, Entry], texts: Mapping[str, str], data: Iterable[tuple[str, Tensor]]
+    path: Path, tensors: Mapping[str, Entry], texts: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> None:
     """Write a file of which it is known beforehand what it will hold.
 
     Args:
         path: where to.
-        tensors: in the order of `data`.
+        tensors: in the order of their data.
         texts: the metadata.
-        data: the tensors by their names; one is held at a time.
+        read: gives the tensor of a name. One is held at a time.
     """
     with open(path, "wb") as file:
         _begin(file, header_of(tensors, texts))
-        for (name, entry), (given, tensor) in zip(tensors.items(), data, strict=True):
-            assert name == given, f"{given} in the place of {name}"
-            content = bytes_of(tensor)
-            assert len(content) == entry.size, f"{name} has {len(content)} bytes, not {entry.size}"
-            file.write(content)
+        for name, entry in tensors.items():
+            written = file.write(bytes_of(read(name)))  # under no name, which would keep it while the next is read
+            assert written == entry.size, f"{name} has {written} bytes, not {entry.size}"
 
 
 class Spool:
