@@ -85,11 +85,15 @@ def _load_model(name: str, dtype: str, source: str) -> PreTrainedModel:
     raise ValueError(f"the folder holds no weights ({', '.join(_WEIGHTS)}){hint}")
 
 
-def _pretrained(name: str | None, dtype: str, **given: Any) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **given)
+def _pretrained(name: str, dtype: str) -> PreTrainedModel:
+    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    _check_complete(found)
+    return model
+
+
+def _check_complete(found: dict[str, Any]) -> None:
     if found["missing_keys"]:  # transformers draws them at random and goes on
         raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
-    return model
 
 
 def _delta(file: Path, base: str, dtype: str) -> PreTrainedModel:
@@ -99,7 +103,14 @@ def _delta(file: Path, base: str, dtype: str) -> PreTrainedModel:
     with contextlib.suppress(OSError):  # not every model has settings for it
         generation = GenerationConfig.from_pretrained(base)
     config = AutoConfig.from_pretrained(base)
-    return _pretrained(None, dtype, config=config, state_dict=weights, generation_config=generation)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    # Not load_state_dict: some models have other tensors in memory than in their files.
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, generation_config=generation, output_loading_info=True
+    )
+    _check_complete(found)
+    return model
 
 
 def _adapter(folder: Path, dtype: str) -> PreTrainedModel:

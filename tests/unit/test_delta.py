@@ -451,7 +451,7 @@ print(peak_of(lambda: export_delta(base, tuned, delta)), peak_of(lambda: apply_d
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's peak of the process")
 def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
     """Of a model of ten tensors of a size, measured in a process of its own: base, tuned, and what changed."""
-    size = 24 << 20  # bytes of a tensor
+    size = 1 << 24  # bytes of a tensor
     for name, value in (("base", 0), ("tuned", 1)):
         (tmp_path / name).mkdir()
         held = {f"{i}.weight": torch.zeros(size // 4, dtype=torch.float32) for i in range(10)}
