@@ -26,7 +26,7 @@ from lift_ds.delta.tensors import INT32_ENTRIES, bits_of
 from lift_ds.runtime.files import whole_folder
 
 _WEIGHT = ".weight"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("F32", "F16", "BF16")  # whose differences float32 can hold
 
 #: Parts of names of matrices that are no linear layers: embeddings, and experts, which transformers holds as stacks.
 _NOT_LINEAR = ("embed", "wte", "wpe", "experts")

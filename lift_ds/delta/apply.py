@@ -80,7 +80,7 @@ class TunedModel:
         self._rule = on_conflict
         for delta in self.deltas:
             _check_fit(self.base, delta)
-        for name in {name for delta in self.deltas for name in delta.changes}:
+        for name in dict.fromkeys(name for delta in self.deltas for name in delta.changes):
             _check_alike(name, [pair for pair in self._said(name) if pair[1].kind != SAME], on_conflict)
 
     def shards(self) -> dict[str, dict[str, Entry]]:

@@ -51,7 +51,7 @@ def apply_entries(
         if old is not None:
             flat[piece] = old
         if len(parts) == 1:
-            flat[piece][parts[0][0]] = parts[0][1]
+            bits_of(flat[piece])[parts[0][0]] = bits_of(parts[0][1])
         else:
             _meet(flat[piece], parts, rule, conflicts)
     return result, conflicts
@@ -68,20 +68,21 @@ def _in_piece(old: Tensor | None, change: Entries, piece: slice) -> tuple[Tensor
     if old is None:
         return torch.arange(len(new)), new
     positions = (bits_of(old) != bits_of(new)).nonzero().reshape(-1)
-    return positions, new[positions]
+    return positions, bits_of(new)[positions].view(new.dtype)
 
 
 def _meet(result: Tensor, parts: Sequence[tuple[Tensor, Tensor]], rule: str, conflicts: Conflicts) -> None:
     """Put what several deltas change into a piece, in place."""
-    wide = torch.promote_types(result.dtype, torch.float32)
+    bits = bits_of(result)  # what of some dtypes cannot be indexed can so be written
+    wide = torch.float64 if result.dtype == torch.float64 else torch.float32
     given = torch.zeros(len(result), dtype=torch.int32)  # by how many deltas
     differs = torch.zeros(len(result), dtype=torch.bool)
     total = torch.zeros(len(result), dtype=wide)
     lowest, highest = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
     for positions, values in parts:
-        unlike = bits_of(result[positions]) != bits_of(values)
+        unlike = bits[positions] != bits_of(values)
         differs[positions] |= (given[positions] > 0) & unlike
-        result[positions] = values
+        bits[positions] = bits_of(values)
         given[positions] += 1
         exact = values.to(wide)
         total[positions] += exact
@@ -92,4 +93,4 @@ def _meet(result: Tensor, parts: Sequence[tuple[Tensor, Tensor]], rule: str, con
         spread = highest[differs] - lowest[differs]
         conflicts.largest = max(conflicts.largest, spread.nan_to_num(torch.inf, torch.inf).max().item())
         if rule == "mean":
-            result[differs] = (total[differs] / given[differs]).to(result.dtype)
+            bits[differs] = bits_of((total[differs] / given[differs]).to(result.dtype))

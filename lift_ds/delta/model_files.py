@@ -44,19 +44,11 @@ class ModelFiles:
         self.folder = _folder_of(name)
         self.shards = [_read_shard(path) for path in _weight_files(self.folder, name)]
         self._shard_of = {tensor: shard for shard in self.shards for tensor in shard.tensors}
-        twice = sum(len(shard.tensors) for shard in self.shards) - len(self._shard_of)
+        #: Name -> entry, in the order of the files and of their data.
+        self.tensors = {name: entry for shard in self.shards for name, entry in shard.tensors.items()}
+        twice = sum(len(shard.tensors) for shard in self.shards) - len(self.tensors)
         if twice:
             raise ValueError(f"{name}: {twice} tensors are in more than one of its files")
-
-    @property
-    def tensors(self) -> dict[str, Entry]:
-        """Name -> entry, in the order of the files and of their data."""
-        return {name: entry for shard in self.shards for name, entry in shard.tensors.items()}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.size for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
         """Read a tensor."""

@@ -70,7 +70,7 @@ def changed_entries(base: Tensor, tuned: Tensor) -> tuple[int, list[Tensor], lis
     total, size = tuned.numel(), tuned.element_size()
     kind = index_dtype(total)
     most = total * size // (kind.itemsize + size)  # more than these are smaller as a whole
-    before, after, values = bits_of(base), bits_of(tuned), tuned.reshape(-1)
+    before, after = bits_of(base), bits_of(tuned)
     changed = 0
     positions_found: list[Tensor] = []
     values_found: list[Tensor] = []
@@ -81,6 +81,6 @@ def changed_entries(base: Tensor, tuned: Tensor) -> tuple[int, list[Tensor], lis
             positions_found.clear()
             values_found.clear()
         elif len(positions):
-            values_found.append(values[piece][positions])
+            values_found.append(after[piece][positions].view(tuned.dtype))
             positions_found.append((positions + piece.start).to(kind))
     return changed, positions_found, values_found
