@@ -28,6 +28,7 @@ import lift_ds
 from lift_ds import cli
 from lift_ds.delta import DeltaFile, apply_deltas, export_delta, inspect_delta, is_delta, tensors
 from lift_ds.delta.layout import read_header
+from lift_ds.runtime.files import whole_file, whole_folder
 
 Files = dict[str, dict[str, Tensor]]
 
@@ -298,6 +299,30 @@ def test_damaged_files_write_nothing(pair: tuple[Path, Path], delta: Path, tmp_p
         assert message in said
         assert str(damaged) in said
         assert list(tmp_path.iterdir()) == [damaged]
+
+
+def test_a_file_and_a_folder_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An error on the way leaves what was there before, and nothing else."""
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("before")
+
+    def fail(error: type[BaseException], half: Path) -> None:
+        half.write_text("half")
+        raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error), whole_file(file) as unfinished:
+            fail(error, unfinished)
+        with pytest.raises(error), whole_folder(folder) as unfinished:
+            fail(error, unfinished / "half")
+        assert list(tmp_path.iterdir()) == [file]
+        assert file.read_text() == "before"
+    with whole_file(file) as unfinished:
+        unfinished.write_text("after")
+    with whole_folder(folder) as unfinished:
+        (unfinished / "all").write_text("after")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["all", "file", "folder"]
+    assert file.read_text() == "after"
 
 
 def test_what_else_is_refused_says_why(pair: tuple[Path, Path], delta: Path, tmp_path: Path) -> None:

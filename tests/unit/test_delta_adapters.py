@@ -19,12 +19,16 @@ import torch
 from cases import token_batch
 from helpers import same_bits
 from peft import PeftModel
+from peft.tuners.supertuning import SupertuningLayer
+from safetensors.torch import load_file
 from test_delta import NORM, Q, altered, model_in, perturb, refused, rewrite, state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lift_ds import cli
 from lift_ds.delta import export_delta, read_patches
+from lift_ds.delta.adapters import ADAPTERS
+from lift_ds.delta.file import Change
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = ["shira", "supertuning"]
@@ -96,6 +100,21 @@ def test_sizes_are_those_that_peft_computes(tmp_path: Path) -> None:
         else:
             most = max(changed[name] / shape.numel() for name, shape in shapes.items())
             assert config["sparsity"] == pytest.approx(1 - most, rel=1e-12)
+        for name, positions in load_file(tmp_path / kind / "adapter_model.safetensors").items():
+            if name.endswith("_indices"):
+                entries = positions.reshape(-1, positions.shape[-1]).T.tolist()
+                assert len({tuple(entry) for entry in entries}) == len(entries), "each position once"
+
+
+def test_a_share_makes_room_for_every_number_of_entries() -> None:
+    """PEFT multiplies in floating point and cuts off, by which an entry can be lost."""
+    lost = 0
+    for changed in range(1, 64 * 48 + 1):
+        settings, sizes = ADAPTERS["supertuning"].size({"a": Change((64, 48), "F32", "sparse", changed, "", "")})
+        assert sizes["a"] == SupertuningLayer._num_trainable(None, 64 * 48, settings["sparsity"])
+        assert changed <= sizes["a"] <= changed + 1
+        lost += int(64 * 48 * (1 - (1 - changed / (64 * 48)))) < changed
+    assert lost, "otherwise this tries nothing"
 
 
 def bump(name: str, file: dict[str, Tensor]) -> None:
