@@ -182,9 +182,10 @@ def _write_index(folder: Path, of_base: Path, shards: dict[str, dict[str, Entry]
     if not of_base.is_file():
         return
     index = json.loads(of_base.read_text(encoding="utf-8"))
-    index["weight_map"] = dict(sorted((name, shard) for shard, tensors in shards.items() for name in tensors))
-    entries = [entry for tensors in shards.values() for entry in tensors.values()]
-    sums = {"total_size": sum(entry.size for entry in entries), "total_parameters": sum(e.entries for e in entries)}
-    for key in sums.keys() & index.get("metadata", {}).keys():
-        index["metadata"][key] = sums[key]
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    held = dict(sorted((name, shard) for shard, tensors in shards.items() for name in tensors))
+    if held.keys() != index["weight_map"].keys():
+        entries = [entry for tensors in shards.values() for entry in tensors.values()]
+        sums = {"total_size": sum(entry.size for entry in entries), "total_parameters": sum(e.entries for e in entries)}
+        noted = index.get("metadata") or {}
+        index["metadata"] = noted | {key: sums[key] for key in sums if key in noted}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": held}, indent=2) + "\n", encoding="utf-8")
