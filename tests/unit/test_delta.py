@@ -7,8 +7,6 @@ Models are compared by their bits, so that NaN and -0.0 count.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -22,6 +20,18 @@ import torch
 from cases import loss_of, small_llama
 from helpers import bits, same_bits
 from safetensors.torch import load_file, save_file
+from saved_models import (
+    NORM,
+    Q,
+    altered,
+    contents,
+    model_in,
+    perturb,
+    refused,
+    rewrite,
+    same_files,
+    state,
+)
 from torch import Tensor
 
 import lift_ds
@@ -29,43 +39,6 @@ from lift_ds import cli
 from lift_ds.delta import DeltaFile, apply_deltas, export_delta, inspect_delta, is_delta, tensors
 from lift_ds.delta.layout import read_header
 from lift_ds.runtime.files import whole_file, whole_folder
-
-Files = dict[str, dict[str, Tensor]]
-
-Q = "model.layers.0.self_attn.q_proj.weight"
-NORM = "model.norm.weight"
-
-
-def contents(folder: Path) -> Files:
-    """Name of each weights' file -> its tensors."""
-    return {path.name: load_file(path) for path in sorted(folder.glob("model*.safetensors"))}
-
-
-def state(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in contents(folder).values() for name, tensor in file.items()}
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Change the tensors of each of a model's files."""
-    for name, file in contents(folder).items():
-        change(file)
-        save_file(file, folder / name, {"format": "pt"})
-
-
-def perturb(file: dict[str, Tensor], share: float = 0.05, seed: int = 0) -> None:
-    """Give a share of each matrix new values."""
-    drawn = torch.Generator().manual_seed(seed)
-    for tensor in (tensor for tensor in file.values() if tensor.dim() == 2):
-        flat = tensor.view(-1)
-        chosen = torch.randperm(len(flat), generator=drawn)[: round(share * len(flat))]
-        flat[chosen] = torch.randn(len(chosen), generator=drawn).to(tensor.dtype)
-
-
-def model_in(folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> Path:
-    small_llama(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "README.md").write_text("the card of the base")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +54,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def delta(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_delta(str(pair[0]), str(pair[1]), tmp_path_factory.mktemp("delta") / "delta.safetensors")
-
-
-def same_files(a: Files, b: Files) -> bool:
-    return a.keys() == b.keys() and all(
-        a[file].keys() == b[file].keys() and all(same_bits(a[file][name], b[file][name]) for name in a[file])
-        for file in a
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -194,21 +160,6 @@ def test_what_lift_changed_is_what_was_ever_selected(tmp_path: Path) -> None:
     in_model = sum(tensor.numel() for tensor in state(tmp_path / "tuned").values())
     share = sum(map(len, ever.values())) / in_model
     assert 6 * entries <= 2.1 * share * 1.5 * 2 * in_model
-
-
-def refused(*arguments: object) -> str:
-    """Run a command that ends with code 2; what it says, in one line."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
-        assert cli.main(list(map(str, arguments))) == 2
-    assert said.getvalue().startswith("error: ")
-    assert said.getvalue().count("\n") == 1, said.getvalue()
-    return said.getvalue()
-
-
-def altered(folder: Path, to: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    rewrite(Path(shutil.copytree(folder, to)), change)
-    return to
 
 
 def reshape(file: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from helpers import same_bits
 from peft import PeftModel
 from peft.tuners.supertuning import SupertuningLayer
 from safetensors.torch import load_file
-from test_delta import NORM, Q, altered, model_in, perturb, refused, rewrite, state
+from saved_models import NORM, Q, altered, model_in, perturb, refused, rewrite, state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

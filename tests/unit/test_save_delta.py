@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_delta import altered, contents, model_in, perturb, same_files
+from saved_models import altered, contents, model_in, perturb, same_files
 
 from lift_ds.delta import apply_deltas
 from lift_ds.training import delta
