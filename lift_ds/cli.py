@@ -3,6 +3,8 @@
     lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
     lift-ds train --model_name_or_path MODEL --train_file rows.json --output_dir tuned
     lift-ds evaluate tuned --tasks lift_gsm8k,arc_easy
+    lift-ds export MODEL tuned --output delta.safetensors
+    lift-ds apply MODEL delta.safetensors --output tuned_again
 
 The libraries of a command are imported when it is run.
 """
@@ -13,11 +15,14 @@ import argparse
 import importlib
 import sys
 
-#: Command -> (module whose `main` takes what follows it, what it is for).
+#: Command -> (module and function that takes what follows it, what it is for).
 _COMMANDS = {
-    "plan": ("lift_ds.planner.command", "memory, network and time of a run, from the model's configuration alone"),
-    "evaluate": ("lift_ds.evaluation.command", "tasks, loss and KL divergence of a trained model"),
-    "train": ("lift_ds.training.command", "fine-tune a causal language model with LIFT, in full, or with LoRA"),
+    "plan": ("lift_ds.planner.command:main", "memory, network and time of a run, from the model's configuration alone"),
+    "evaluate": ("lift_ds.evaluation.command:main", "tasks, loss and KL divergence of a trained model"),
+    "train": ("lift_ds.training.command:main", "fine-tune a causal language model with LIFT, in full, or with LoRA"),
+    "export": ("lift_ds.delta.command:export", "write what training changed in a model as a file"),
+    "apply": ("lift_ds.delta.command:apply", "write the tuned model again, from its base and such files"),
+    "inspect": ("lift_ds.delta.command:inspect", "check such a file, and say what it changes"),
 }
 
 
@@ -32,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in _COMMANDS:
-        module, _ = _COMMANDS[arguments[0]]
-        return int(importlib.import_module(module).main(arguments[1:]))
+        module, function = _COMMANDS[arguments[0]][0].split(":")
+        return int(getattr(importlib.import_module(module), function)(arguments[1:]))
     _parser().parse_args(arguments)
     return 0
 

@@ -89,6 +89,18 @@ def _run_name(record: dict[str, Any]) -> str:
     return f"{ {'full': 'full', 'lora': 'LoRA', 'lift': 'LIFT'}[method] }, ZeRO-{record['stage']}{placement}"
 
 
+def deltas() -> str:
+    """Size, time and exactness of deltas, from benchmarks/results/deltas.json."""
+    lines = ["| dtype | change | format | MB | export, s | apply, s | entries off | logits off |", "|---" * 8 + "|"]
+    for record in json.loads((RESULTS / "deltas.json").read_text())["records"]:
+        size, export = f"{record['bytes'] / 1e6:.1f}", f"{record['export_seconds']:.1f}"
+        apply = f"{record['apply_seconds']:.1f}" if "apply_seconds" in record else ""
+        logits = "" if record["logits_off"] is None else f"{record['logits_off']:.2g}"
+        cells = (size, export, apply, f"{record['entries_off']:,}", logits)
+        lines.append(f"| {record['dtype']} | {record['change']} | `{record['format']}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def settings() -> str:
     """Every setting of LIFT with its default and its meaning, as `LiftConfig` has them."""
     lines = ["| setting | default | meaning |", "|---|---|---|"]
@@ -101,6 +113,7 @@ def settings() -> str:
 
 #: Name of a table -> what makes it.
 TABLES: dict[str, Callable[[], str]] = {
+    "deltas": deltas,
     "footprint": footprint,
     "options": option_cases.table,
     "settings": settings,

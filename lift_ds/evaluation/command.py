@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lift_ds.evaluation.measure import check_writable, evaluate
+from lift_ds.evaluation.models import names_delta
 from lift_ds.evaluation.request import DTYPES, EvaluationRequest
 from lift_ds.runtime.files import write_whole
 
@@ -54,8 +55,8 @@ def read(arguments: list[str]) -> tuple[EvaluationRequest, str | None]:
     given["tasks"] = [name.strip() for part in given["tasks"] for name in part.split(",") if name.strip()]
     if given["kl_on"] and given["base"] is None:
         raise ValueError("--kl_on compares with the model before training: name it by --base")
-    if given["base"] is not None and not given["kl_on"]:
-        raise ValueError(f"--base {given['base']} is for --kl_on, which names no file")
+    if given["base"] is not None and not given["kl_on"] and not names_delta(given["model"]):
+        raise ValueError(f"--base {given['base']} is for --kl_on, which names no file, and for deltas")
     for flag, path in (("--output", output), ("--samples", given["samples"])):
         if path is not None:
             check_writable(path, flag)
@@ -74,14 +75,16 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     folder = "a saved model, a PEFT adapter or a checkpoint"
-    parser.add_argument("model", metavar="MODEL", help=f"a name on the Hub, or a folder: {folder}")
+    parser.add_argument("model", metavar="MODEL", help=f"a name on the Hub, a folder: {folder}, or a delta")
     what = parser.add_argument_group("what to measure")
     what.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks and groups, with commas or spaces")
     what.add_argument("--data", metavar="DIR", help="folder of test files for --tasks; nothing is downloaded")
     what.add_argument("--rows", action="append", default=[], metavar="FILE", help="instruction rows with an `answer`")
     what.add_argument("--loss_on", nargs="+", default=[], metavar="FILE", help="next-token loss: rows, or a .txt")
     what.add_argument("--kl_on", nargs="+", default=[], metavar="FILE", help="KL from --base: rows, or a .txt")
-    what.add_argument("--base", metavar="MODEL", help="the model before training, for --kl_on")
+    what.add_argument(
+        "--base", metavar="MODEL", help="the model before training, for --kl_on; a delta is applied to it"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--limit", type=int, metavar="N", help="most rows of each task and file (default: all)")
     how.add_argument("--max_new_tokens", type=int, metavar="N", help="of a generated text (default: the task's)")

@@ -92,7 +92,7 @@ def _model(
         return Loaded(request.model or model.config.name_or_path or type(model).__name__, model, tokenizer)
     if request.model is None:
         raise ValueError("no model is named, and none is given")
-    return models.load(request.model, request.dtype, request.device)
+    return models.load(request.model, request.dtype, request.device, base=request.base)
 
 
 def _base(request: EvaluationRequest, loaded: Loaded, base_model: PreTrainedModel | None) -> PreTrainedModel:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from lift_ds import checkpoint
+from lift_ds.delta import DeltaFile, TunedModel, is_delta
 
 _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json")
@@ -33,32 +35,41 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load(name: str, dtype: str, device: str | None, flag: str = "MODEL") -> Loaded:
+def load(name: str, dtype: str, device: str | None, flag: str = "MODEL", base: str | None = None) -> Loaded:
     """Load a model for evaluation.
 
     Args:
-        name: a name on the Hub, or a folder: a saved model, a PEFT adapter, or a checkpoint of the trainer.
+        name: a name on the Hub; a folder: a saved model, a PEFT adapter, or a checkpoint of the trainer; or a delta.
         dtype: "auto" for that of the checkpoint, or a name of torch's.
         device: where to; None for the accelerator, else the CPU.
         flag: what to call the argument in an error.
+        base: the model that a delta is of; None for the one that it names.
 
     Raises:
         ValueError: there is no such model, or it cannot be loaded.
     """
     place = _device(device)
     with _named_where_it_fails(name, flag):
-        model = _load_model(name, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        source = (base or DeltaFile(name).base) if names_delta(name) else name
+        model = _load_model(name, dtype, source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.eos_token is None:
         raise ValueError(f"{flag} {name!r}: its tokenizer has no end-of-text token, at which generation would stop")
     return Loaded(name, model.to(place).eval(), tokenizer)
 
 
-def _load_model(name: str, dtype: str) -> PreTrainedModel:
+def names_delta(name: str) -> bool:
+    """Tell whether a model is named by the file of a delta."""
+    return Path(name).is_file() and is_delta(name)
+
+
+def _load_model(name: str, dtype: str, source: str) -> PreTrainedModel:
     """Load by what the path is; a further kind of file or folder gets its branch here."""
     path = Path(name)
+    if names_delta(name):
+        return _delta(path, source, dtype)
     if path.is_file():
-        raise ValueError("it is a file; give a folder, or a name on the Hub")
+        raise ValueError("it is a file, and no delta; give a folder, a delta, or a name on the Hub")
     if not path.is_dir():
         if name.startswith((".", "/", "~")):
             raise ValueError("there is no such folder")
@@ -76,8 +87,29 @@ def _load_model(name: str, dtype: str) -> PreTrainedModel:
 
 def _pretrained(name: str, dtype: str) -> PreTrainedModel:
     model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    _check_complete(found)
+    return model
+
+
+def _check_complete(found: dict[str, Any]) -> None:
     if found["missing_keys"]:  # transformers draws them at random and goes on
         raise ValueError(f"its weights lack {sorted(found['missing_keys'])[0]}")
+
+
+def _delta(file: Path, base: str, dtype: str) -> PreTrainedModel:
+    """Load a base with a delta applied, in memory: the base's tensors are checked, and the disk holds no new ones."""
+    weights = dict(TunedModel(base, [file]).state())
+    generation = None
+    with contextlib.suppress(OSError):  # not every model has settings for it
+        generation = GenerationConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    # Not load_state_dict: some models have other tensors in memory than in their files.
+    model, found = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, generation_config=generation, output_loading_info=True
+    )
+    _check_complete(found)
     return model
 
 

@@ -14,13 +14,13 @@ class EvaluationRequest:
     """What is to be measured of a model.
 
     Args:
-        model: a name on the Hub, or a folder: a saved model, a PEFT adapter, or a checkpoint of the trainer.
+        model: a name on the Hub; a folder: a saved model, a PEFT adapter, or a checkpoint of the trainer; or a delta.
         tasks: names of tasks and groups, of the harness or of this package.
         data: folder of local test files; None for those that the tasks name on the Hub.
         rows: files of instruction rows with an `answer`, each a task of its own.
         loss_on: files whose loss per token is measured.
         kl_on: files on which the model is compared with `base`.
-        base: the model before training; like `model`.
+        base: the model before training; like `model`. A delta is applied to it; None for the one that the delta names.
         limit: most rows of each task and file; None for all.
         batch_size: sequences of a forward.
         max_new_tokens: most tokens of a generated text; None for what each task says.

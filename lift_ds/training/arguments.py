@@ -80,6 +80,7 @@ class ScriptArguments:
         "Scale the adapters by alpha over the root of their rank (rsLoRA), not over the rank", False
     )
     use_dora: bool = _flag("Train a magnitude for each row of the weights beside the adapters (DoRA)", False)
+    save_delta: bool = _flag("Write delta.safetensors beside the trained model: what changed, for lift-ds apply", False)
 
     dataset_name: str | None = _flag("A data set that `datasets` can load, by name or folder")
     dataset_config: str | None = _flag("Configuration of the data set, where it has several")

@@ -27,7 +27,7 @@ from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger, is_main_rank
 from lift_ds.trainer import layout_of
-from lift_ds.training import endings, launcher, loading, model_card, record, rendezvous, reporting, saving
+from lift_ds.training import delta, endings, launcher, loading, model_card, record, rendezvous, reporting, saving
 from lift_ds.training.arguments import TrainArguments, adam_settings
 from lift_ds.training.checked_trainer import CheckedTrainer, train_what_is_left
 from lift_ds.training.demo import run as demo
@@ -109,6 +109,8 @@ def set_up(argv: Sequence[str] | None) -> Job:
     rows, evaluation = load_rows(settings, args, tokenizer)
     args.eval_on_start = evaluation is not None
     model, base = loading.load_model(settings.script, args)
+    if settings.script.save_delta:
+        delta.check(str(settings.script.model_name_or_path), base, loading.training_dtype(args))
     trainer = make_trainer(settings, args, model, tokenizer, rows, evaluation, checkpoint)
     if checkpoint is not None and settings.method == "lift":
         lift_ds.checkpoint.verify(model, checkpoint, layout_of(args))
@@ -242,6 +244,8 @@ def conclude(job: Job, losses: str, tensors: int) -> None:
     if losses:
         print(losses)
     job.about.write_card(job.folder, losses)
+    if job.settings.script.save_delta:
+        delta.save(str(job.settings.script.model_name_or_path), job.folder)
     print(f"saved to {job.folder}: a plain Hugging Face model ({tensors} tensors, {job.base.dtype}) and its tokenizer")
     record.note_end(job.folder)
     if job.settings.is_demo:

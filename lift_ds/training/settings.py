@@ -135,7 +135,7 @@ def check_method(values: Values, given: frozenset[str]) -> None:
         given: those of the command line.
 
     Raises:
-        ValueError: LIFT is asked to train by another optimizer than AdamW.
+        ValueError: LIFT is asked to train by another optimizer than AdamW, or LoRA to write a delta.
     """
     method = values["method"]
     if method == "lift":
@@ -145,6 +145,11 @@ def check_method(values: Values, given: frozenset[str]) -> None:
                     f"--{flag} {values[flag]}: LIFT trains by LiftAdamW, since it carries Adam's moments from one "
                     "selection to the next; leave the flag out"
                 )
+    if method == "lora" and values["save_delta"]:
+        raise ValueError(
+            "--save_delta true: --method lora merges its adapters into every entry of their matrices, so that a delta "
+            "would be as large as the model; leave the flag out"
+        )
     for flag in sorted(given & set().union(*_APPLIED.values()) - _APPLIED[method]):
         logger.warning("--%s is not applied: --method is %s", flag, method)
 

@@ -48,7 +48,10 @@ AFTER = {
 DISTRIBUTED = {"README.md:deepspeed", "docs/your_own_script.md:deepspeed", "docs/your_own_script.md:bind"}
 
 #: Blocks that train nothing.
-NOT_TRAINING = {"docs/your_own_script.md:config", "docs/evaluation.md:evaluate", "docs/settings.md:criterion"}
+NOT_TRAINING = {
+    "docs/your_own_script.md:config", "docs/evaluation.md:evaluate", "docs/settings.md:criterion",
+    "docs/deltas.md:deltas",
+}  # fmt: skip
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -84,6 +87,14 @@ def begun(block: Block, names: dict[str, Any]) -> dict[str, Any]:
         Path("skill.json").write_text(json.dumps([{"instruction": "t2 t3", "answer": "4"}]))
         Path("held_out.json").write_text(json.dumps([{"prompt": "t2 t3", "completion": "t4"}]))
         return names | {"model": transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])}
+    if block.page == "docs/deltas.md":
+        model = transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])
+        model.save_pretrained("base")
+        with torch.no_grad():
+            model.model.norm.weight += 1
+            model.lm_head.weight[0, 0] += 1
+        model.save_pretrained("tuned")
+        return names
     if block.page == "docs/settings.md":
         exec("import lift_ds", names)
         return names | {"model": transformers.AutoModelForCausalLM.from_pretrained(names["MODEL"])}

@@ -16,10 +16,12 @@ import pytest
 import torch
 from launches import CONFIGS, Finished, finish, on_two_ranks
 from safetensors import safe_open
+from safetensors.torch import load_file
 from saved import generate, is_managed, load_like
 from torch import Tensor
 from transformers import AutoConfig
 
+from lift_ds.delta import apply_deltas, headline, inspect_delta
 from lift_ds.training.data import instruction_prompt
 
 #: What launch/train.py sets for the generated run.
@@ -39,7 +41,8 @@ class BareRun:
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> BareRun:
     folder = tmp_path_factory.mktemp("bare")
-    command = on_two_ranks(CONFIGS / "lift_zero2.json", "--output_dir", folder / "out")
+    flags = ("--output_dir", folder / "out", "--save_delta", "true")
+    command = on_two_ranks(CONFIGS / "lift_zero2.json", *flags)
     ended = finish(command, folder, limit=540, LIFT_DS_CACHE=str(folder / "cache"))
     (base,) = (folder / "cache").iterdir()
     return BareRun(ended, base, *load_like(ended.output, base))
@@ -92,6 +95,17 @@ def test_saved_folder_is_that_of_a_plain_model_with_a_card(bare: BareRun) -> Non
     assert "None" not in card
     for setting in (f"LIFT: budget_rank | {BUDGET_RANK} |", f"LIFT: refresh_interval | {INTERVAL} |", "word problems"):
         assert setting in card, card
+
+
+def test_the_delta_beside_the_model_gives_it_back_to_the_bit(bare: BareRun, tmp_path: Path) -> None:
+    """And holds the entries that changed, which the log counts."""
+    file = bare.ended.output / "delta.safetensors"
+    assert f"{file}: {headline(inspect_delta(file))}" in bare.ended.stdout
+    apply_deltas(str(bare.base), [file], tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    saved = load_file(bare.ended.output / "model.safetensors")
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name], saved[name]) for name in saved)
 
 
 def test_nothing_but_managed_matrices_changes(bare: BareRun) -> None:

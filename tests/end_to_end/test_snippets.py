@@ -16,7 +16,10 @@ from pages import blocks
 BLOCKS = [str(block) for block in blocks("python")]
 
 #: Blocks that train nothing.
-NOT_TRAINING = {"docs/your_own_script.md:config", "docs/evaluation.md:evaluate", "docs/settings.md:criterion"}
+NOT_TRAINING = {
+    "docs/your_own_script.md:config", "docs/evaluation.md:evaluate", "docs/settings.md:criterion",
+    "docs/deltas.md:deltas",
+}  # fmt: skip
 
 #: Blocks that save what they have trained.
 SAVING = {f"docs/your_own_script.md:{name}" for name in ("trainer", "accelerate", "deepspeed", "plain")}

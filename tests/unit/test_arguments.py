@@ -220,3 +220,10 @@ def test_the_generated_run_takes_what_command_line_and_file_leave_open(tmp_path:
     assert read.trainer["per_device_train_batch_size"] == FILE["train_micro_batch_size_per_gpu"]
     assert read.trainer["logging_steps"] == 10
     assert read.lift.budget_rank == 16
+
+
+def test_lora_writes_no_delta() -> None:
+    """Its adapters are merged into every entry."""
+    settings.read_settings([*SOURCES, "--save_delta", "true"])
+    with pytest.raises(ValueError, match="--save_delta true: --method lora merges"):
+        settings.read_settings([*SOURCES, "--save_delta", "true", "--method", "lora"])

@@ -18,11 +18,20 @@ from pages import PAGES, REPOSITORY, blocks
 from benchmarks.methods.command import parse_arguments as parse_methods
 from benchmarks.scaling.command import make_parser as make_study_parser
 from lift_ds import cli, universal
+from lift_ds.delta.command import make_apply_parser, make_export_parser, make_inspect_parser
 from lift_ds.evaluation.command import make_parser as make_evaluate_parser
 from lift_ds.training.arguments import make_parser as make_train_parser
 
 #: Programs that are not this project's.
 FOREIGN = {"git", "cd", "pip", "hf", "export", "squeue", "scancel", "tail", "cat"}
+
+#: What reads the command line of a subcommand of lift-ds that is not run here.
+PARSERS = {
+    "evaluate": make_evaluate_parser,
+    "export": make_export_parser,
+    "apply": make_apply_parser,
+    "inspect": make_inspect_parser,
+}
 
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 
@@ -72,8 +81,8 @@ def check_make(arguments: list[str]) -> None:
 def check_lift_ds(arguments: list[str]) -> None:
     if arguments[0] == "train":
         check_training(arguments[1:])
-    elif arguments[0] == "evaluate":
-        assert make_evaluate_parser().parse_args(arguments[1:])
+    elif arguments[0] in PARSERS:
+        assert PARSERS[arguments[0]]().parse_args(arguments[1:])
     else:
         assert cli.main(arguments) == 0
 

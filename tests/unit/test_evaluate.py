@@ -1,5 +1,5 @@
 """Pins `lift-ds evaluate`: scores of models whose every word is known, losses and KL against plain torch, local rows as
-the harness's own columns, and what is refused.
+the harness's own columns, deltas, and what is refused.
 
 The models that speak have a table for weights: each token is followed by one other. What they say after the prompt is
 exact, so their accuracy on a file of some right and some wrong rows is too.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lift_ds import cli
+from lift_ds.delta import export_delta
 from lift_ds.evaluation import EvaluationRequest, evaluate, local, wording
+from lift_ds.evaluation import models as models_of_evaluation
 from lift_ds.evaluation.command import read, table
 from lift_ds.training.data import instruction_prompt
 
@@ -299,6 +302,35 @@ def test_the_command_loads_a_folder_prints_a_table_and_writes_everything(
     assert result["settings"]["limit"] == 1
     assert result["versions"]["lm_eval"]
     assert next(iter(result["kl"].values()))["value"] == 0
+
+
+def test_a_delta_is_measured_as_the_model_that_it_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the base that it names, or with --base; never with another one."""
+    for name, model in (("base", speaker("41")), ("tuned", speaker("42")), ("other", speaker("40"))):
+        model.generation_config.eos_token_id = 7 if name == "base" else None
+        model.save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    export_delta("./base", "./tuned", "delta.safetensors")
+    rows = str(written(tmp_path / "skill.json", [asked("6 x 7?", "42")]))
+    kept = str(training_rows(tmp_path))
+    request = EvaluationRequest("delta.safetensors", rows=(rows,), loss_on=(kept,), device="cpu")
+    result = evaluate(request)
+    assert accuracy(result, "skill") == 1
+    assert result["loss"] == evaluate(replace(request, model="tuned"))["loss"]
+    assert models_of_evaluation.load("delta.safetensors", "auto", "cpu").model.generation_config.eos_token_id == 7
+    Path("base").rename("moved")
+    with pytest.raises(
+        ValueError, match=r"MODEL 'delta.safetensors' cannot be loaded: ./base: there is no such folder"
+    ):
+        evaluate(request)
+    parsed, _ = read(["delta.safetensors", "--base", "moved", "--rows", rows])
+    assert parsed.base == "moved"
+    assert accuracy(evaluate(parsed), "skill") == 1
+    with pytest.raises(ValueError, match=r"is no delta of other, but of ./base: lm_head.weight has another checksum"):
+        evaluate(replace(request, base="other"))
+    with pytest.raises(ValueError, match="it is a file, and no delta"):
+        evaluate(replace(request, model="skill.json"))
 
 
 def training_rows(folder: Path) -> Path:
