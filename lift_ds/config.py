@@ -92,13 +92,13 @@ def _preset_or_names(name: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str):
         if value not in TARGET_PRESETS:
             raise ValueError(
-                f"{name}={value!r} is not a preset; give a list of module names, leave it out for all linear layers, "
+                f"{name}={value!r} is not a preset; give a list of module names, leave it out for all matrices, "
                 f"or name one of {', '.join(TARGET_PRESETS)}{did_you_mean(value, TARGET_PRESETS)}"
             )
         return value
     names = _names(name, value)
     if not names:
-        raise ValueError(f"{name}=[] matches nothing; leave it out for all linear layers")
+        raise ValueError(f"{name}=[] matches nothing; leave it out for all matrices")
     return names
 
 
@@ -195,9 +195,9 @@ class LiftConfig:
     target_modules: str | tuple[str, ...] | None = _setting(
         None,
         _or_none(_preset_or_names),
-        f"Linear layers to train, by name, or a preset: {', '.join(TARGET_PRESETS)} (default: all but the head)",
-        "A name is the end of a dotted name, such as `q_proj` or `self_attn.q_proj`. The preset takes the feed-forward "
-        "matrices gate, up and down.",
+        f"Matrices to train, by name, or a preset: {', '.join(TARGET_PRESETS)} (default: all but the head)",
+        "A name is the end of a dotted name, such as `q_proj`, `self_attn.q_proj` or `experts.down_proj`. The preset "
+        "takes the feed-forward matrices gate, up and down.",
     )
     exclude_modules: tuple[str, ...] = _setting(
         (),

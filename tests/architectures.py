@@ -115,7 +115,7 @@ CASES = {
     "phi3": Case({"model_type": "phi3", **LLAMA, **_SMALL_IDS}, "Phi3ForCausalLM", key_value=8),
     "mixtral": Case(
         {"model_type": "mixtral", **LLAMA, "num_local_experts": 2},
-        "MixtralForCausalLM", key_value=8, said=("experts",),
+        "MixtralForCausalLM", intermediate=80, key_value=8, said=("experts",),
     ),
     "modernbert, whose head is named decoder": Case(
         {"model_type": "modernbert-decoder", **LLAMA, **_SMALL_IDS, "cls_token_id": 3, "sep_token_id": 4},
@@ -138,7 +138,7 @@ CASES = {
             "index_head_dim": 8, "index_n_heads": 2, "n_routed_experts": 2, "num_experts_per_tok": 1,
             "moe_intermediate_size": 8, "shared_experts_intermediate_size": 8,
         },
-        "Dots3NoteForCausalLM", key_value=32, said=("experts",),
+        "Dots3NoteForCausalLM", intermediate=8, key_value=32, said=("experts",),
     ),
     "lfm2, whose width is not the one it names": Case(
         {"model_type": "lfm2", **LLAMA, **_SMALL_IDS, "layer_types": ["conv", "full_attention", "conv"]},
@@ -164,7 +164,7 @@ CASES = {
             "model_type": "jamba", **LLAMA, "num_experts": 2, "attn_layer_period": 3, "attn_layer_offset": 1,
             "use_mamba_kernels": False,
         },
-        "JambaForCausalLM", key_value=8, said=("2 of 3 layers without attention", "experts"),
+        "JambaForCausalLM", intermediate=80, key_value=8, said=("2 of 3 layers without attention", "experts"),
     ),
     "t5": Case(
         {"model_type": "t5", **_T5}, "T5ForConditionalGeneration", layers=6, key_value=24, said=(ENCODER, UNGATED)

@@ -30,7 +30,11 @@ CONFIG = LiftConfig(budget_rank=128)
 PUBLISHED = {
     "1B": 1_235_814_400, "3B": 3_212_749_824, "7B": 6_738_415_616, "8B": 8_030_261_248,
     "13B": 13_015_864_320, "32B": 32_763_876_352, "70B": 68_976_648_192,
+    "MIXTRAL-8X7B": 46_702_792_704, "QWEN3-30B-A3B": 30_532_122_624, "GPT-OSS-20B": 20_914_757_184,
 }  # fmt: skip
+#: Mixtures of experts: the billions of parameters that a token passes, by their cards. GPT-OSS's says 3.6, without the
+#: 0.58 of the embeddings.
+MIXTURES = {"MIXTRAL-8X7B": 12.9, "QWEN3-30B-A3B": 3.3, "GPT-OSS-20B": 3.6 + 0.58}
 
 SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
@@ -52,8 +56,15 @@ def planned(facts: ModelFacts, nodes: int = 1, memory: float = 80, **changes: ob
 def test_a_named_size_has_the_parameters_of_its_model(size: str) -> None:
     found = read_facts(size, CONFIG)
     assert found.parameters == PUBLISHED[size]
-    assert len(found.shapes) == 7 * found.layers
-    assert sum(found.entries.values()) == sum(128 * (m + n) for m, n in found.shapes.values())
+    assert len(found.shapes) == (6 if size in MIXTURES else 7) * found.layers
+    counts = {name: 128 * (m + n) for name, (m, n) in found.shapes.items()}
+    assert found.entries == {name: found.matrices[name] * k for name, k in counts.items()}
+
+
+@pytest.mark.parametrize("size", MIXTURES)
+def test_a_token_passes_some_of_the_experts(size: str) -> None:
+    found = read_facts(size, CONFIG)
+    assert (found.parameters - found.uses.idle) / 1e9 == pytest.approx(MIXTURES[size], abs=0.06)
 
 
 @pytest.mark.parametrize("memory", [80, 141])
