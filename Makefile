@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RANKS ?= 2
+# Files of tests that run at the same time. Many launch two ranks, so more of them wait for each other on few cores.
+TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/installed
@@ -51,7 +53,7 @@ docs: $(STAMP)
 	$(BUILD_DOCS)
 
 test: lint
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow and not cluster"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "not slow and not cluster" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(STAMP)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pytest -m "slow and not cluster"

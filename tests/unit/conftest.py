@@ -19,6 +19,14 @@ class _Collector(logging.Handler):
         self.lines.append(f"{record.levelname} {record.getMessage()}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_other_ranks() -> Iterator[None]:
+    """Files of other folders run in the same process. By this variable DeepSpeed would wait for a rank beside this."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOCAL_SIZE", raising=False)
+        yield
+
+
 @pytest.fixture
 def lift_log() -> Iterator[list[str]]:
     """The lines ("INFO ...") that the logger "lift_ds" says within the test; it does not propagate to caplog."""
