@@ -1,8 +1,8 @@
 """What training has changed in the weights: which entries, and what they were before.
 
-    first selection    4 7 9      base: 4 7 9      left: -            base: the weights there before training
-    refresh, step 3    4 8 9      base: 4 7 8 9    left: 7 (3)        left: what left the selection, and after which step
-    refresh, step 6    4 7 9      base: 4 7 8 9    left: 8 (6)        7 is trained again
+    first selection    4 7 9    base: 4 7 9      left: -        base: the weights there before training
+    refresh, step 3    4 8 9    base: 4 7 8 9    left: 7 (3)    left: what left the selection, and after which step
+    refresh, step 6    4 7 9    base: 4 7 8 9    left: 8 (6)    7 is trained again
 
 `base_weights` exchanges the base with what stands in the weights. `changed_entries` gives the selection, and what left
 it. Each rank records what lies in the part of a weight that it holds: all of it in ZeRO 0 to 2, its shard in ZeRO-3.
@@ -96,7 +96,8 @@ class Changes:
         begun: whether a step has been made since, or a record was loaded.
         base: name of a weight -> the entries ever trained, with the weights there before training; None where nobody
             asked for it, or it cannot be known.
-        dense: name of a parameter trained in full -> the part that this rank holds, before training; beside `base`.
+        dense: name of a parameter trained in full -> the part that this rank holds, before training, and its first
+            flat position; beside `base`.
         left: name of a weight -> what has left its selection; None where nobody asked for it.
         left_since: the applied step from which that is known.
     """
@@ -110,7 +111,7 @@ class Changes:
         """Be as before the first step."""
         self.begun = False
         self.base: dict[str, Entries] | None = None
-        self.dense: dict[str, Tensor] = {}
+        self.dense: dict[str, tuple[Tensor, int]] = {}
         self.left: dict[str, Left] | None = None
         self.left_since = 0
 
@@ -129,8 +130,8 @@ class Changes:
                 with self._store.whole_index(weight):
                     self._add_to_base(weight, weight.principal_index)
             for name, parameter in self._attachment.dense.items():
-                with self._store.held(parameter, write=False) as (piece, _):
-                    self.dense[name] = piece.clone()
+                with self._store.held(parameter, write=False) as (piece, start):
+                    self.dense[name] = piece.clone(), start
         if config.track_changes:
             self.left, self.left_since = {}, step
 
@@ -195,10 +196,10 @@ class Changes:
                 with self._store.held(self._attachment.weights[name].weight, write=True) as (piece, _):
                     self.base[name] = self.base[name].exchange(piece)
             else:
-                with self._store.held(self._attachment.dense[name], write=True) as (piece, _):
-                    trained = piece.clone()
-                    piece.copy_(self.dense[name])
-                    self.dense[name] = trained
+                with self._store.held(self._attachment.dense[name], write=True) as (piece, start):
+                    before = piece.clone()
+                    piece.copy_(self.dense[name][0])
+                    self.dense[name] = before, start
             done.append(name)
         if names:
             self._store.drop_gathered()
@@ -280,7 +281,7 @@ def changed_entries(
     if since is not None and since > done:
         raise ValueError(f"since={since} is a step to come: {done} are applied")
     if (since or 0) < first:
-        raise ValueError(f"since={since} is before step {first}, from which track_changes has recorded; give a later one")
+        raise ValueError(f"since={since}: track_changes has recorded from step {first} on; give that or a later one")
     return _nothing() if since == done or not done else _given(driver.changes.since(since or 0), on_all_ranks)
 
 

@@ -102,7 +102,8 @@ class Entries:
         Args:
             piece: the part, 1-D and contiguous, in the dtype of the numbers.
         """
-        before, access, start = torch.empty_like(self.numbers), access_to(self.index), self.part.start - self.part.origin
+        access, start = access_to(self.index), self.part.start - self.part.origin
+        before = torch.empty_like(self.numbers)
         access.gather(piece, start, before)
         access.put(piece, start, self.numbers)
         return replace(self, numbers=before)

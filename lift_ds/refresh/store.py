@@ -141,7 +141,8 @@ class WholeWeights(ABC):
         yield parameter.data.view(-1), 0  # by `data`: autograd would count what is written
 
     def drop_gathered(self) -> None:
-        pass
+        """Nothing is gathered."""
+        return
 
     def trained(self, weight: PrincipalWeight) -> tuple[Tensor, Tensor]:
         with self.whole_index(weight):
