@@ -14,7 +14,7 @@ from lift_ds.refresh.changes import base_weights, require_base
 class ReferenceModel(nn.Module):
     """The model before training: calling it calls the model that is trained, within `lift_ds.base_weights`.
 
-    It runs in evaluation mode and under `torch.no_grad()`, and holds no parameters. TRL's trainers that take a
+    It runs in evaluation mode and under `torch.no_grad()`, and holds no weights. TRL's trainers that take a
     reference take it as `ref_model`. GRPO and RLOO make one by themselves unless `beta` is 0: build such a trainer with
     `beta=0.0`, and set `trainer.beta` and `trainer.ref_model` afterwards.
 
@@ -29,6 +29,8 @@ class ReferenceModel(nn.Module):
         super().__init__()
         require_base(require_attachment(model))
         self.__dict__["trained"] = model  # no part of this module: whoever prepares it leaves the model alone
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.nothing = nn.Parameter(torch.zeros(1, dtype=dtype), requires_grad=False)  # DeepSpeed looks for one
         self.eval()
 
     @property
