@@ -37,8 +37,8 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """How many rows of the weight the part lies in."""
-        return -(-(self.stop - self.origin) // self.columns)
+        """How many rows of the weight the part lies in; one where it is empty, as that of a rank may be."""
+        return max(1, -(-(self.stop - self.origin) // self.columns))
 
     def of(self, positions: Tensor) -> Tensor:
         """Return those of some ascending positions that lie in the part. One read of the device."""
