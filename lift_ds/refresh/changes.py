@@ -11,7 +11,7 @@ it. Each rank records what lies in the part of a weight that it holds: all of it
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lift_ds.index.encoding import CompactIndex
+from lift_ds.index.encoding import CompactIndex, stacked
 from lift_ds.model.attachment import Attachment, require_attachment
 from lift_ds.model.partition import logical_shape, partition_of
 from lift_ds.model.weights import PrincipalWeight
@@ -135,17 +135,19 @@ class Changes:
         if config.track_changes:
             self.left, self.left_since = {}, step
 
-    def renew(self, weight: PrincipalWeight, words: Tensor, step: int) -> None:
+    def renew(self, weight: PrincipalWeight, words: Sequence[Tensor], step: int) -> None:
         """Take note of the new selection of a weight, which holds the trained values; all ranks call.
+
+        Where changes are tracked, ZeRO-3 gathers the old index.
 
         Args:
             weight: it has its old selection still.
-            words: the new index, encoded, whole.
+            words: the new index of each of its matrices, encoded, whole.
             step: the applied step after which it was made.
         """
         if self.base is None and self.left is None:
             return
-        new = CompactIndex(words, weight.layout).positions()
+        new = CompactIndex(stacked(words, weight.layout), weight.layout).positions()
         if self.base is not None:
             self._add_to_base(weight, new)
         if self.left is not None:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lift_ds.index.encoding import stacked
 from lift_ds.model.attachment import Attachment
 from lift_ds.model.weights import PrincipalWeight
 from lift_ds.refresh.changes import Changes
@@ -171,7 +170,7 @@ class Driver:
                     for name in weight.matrix_names()
                 ]
                 new.append((weight, handed))
-                self.changes.renew(weight, stacked([one.words for one in handed], weight.layout), step)
+                self.changes.renew(weight, [one.words for one in handed], step)
             replaced += self.store.carry(new)
         return RefreshReport(
             step,

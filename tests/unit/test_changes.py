@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lift_ds
 from lift_ds.checkpoint import changes as saved_changes
-from lift_ds.checkpoint import commit
+from lift_ds.checkpoint import commit, verify
 from lift_ds.model.attachment import require_attachment
 from lift_ds.refresh import changes
 from lift_ds.refresh.entries import Entries, Part
@@ -271,6 +271,19 @@ def test_settings_change_on_a_resume_as_far_as_they_can(tmp_path: Path, lift_log
     train(model, optimizer, "llama", range(6, 7))
     record = require_attachment(model).driver.changes
     assert (record.base, record.left) == (None, None)
+
+
+def test_a_checkpoint_without_the_base_is_refused_by_who_asks_for_it(tmp_path: Path) -> None:
+    model, optimizer = started("matrices", keep_base=False)
+    train(model, optimizer, "matrices", range(3))
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    commit(model, tmp_path / "without")
+    with pytest.raises(ValueError, match="saved with keep_base=False, this run has keep_base=True"):
+        verify(started("matrices")[0], tmp_path / "without")
+    verify(started("matrices", keep_base=False, track_changes=False)[0], tmp_path / "without")
+    commit(started("matrices")[0], tmp_path / "with")
+    verify(model, tmp_path / "with")
 
 
 @pytest.mark.parametrize(("start", "stop", "columns"), [(7, 61, 10), (0, 0, 10), (20, 21, 10), (3, 400_000, 70_000)])
