@@ -98,7 +98,11 @@ def run(kind: str, stage: int, folder: Path) -> dict[str, Any]:
         else:
             engines.train(engine, kind, range(step, step + 1))
         now = whole(engine, [*base])
-        with ledger, ledger.window() as window:
+        if step + 1 in (CUT - 1, CUT):
+            with ledger, ledger.window() as window:
+                found["sizes"].append(patch(mains, engine, step, on_all_ranks=False))
+            found[f"received {step + 1}"] = sum(window.received.values())
+        else:
             found["sizes"].append(patch(mains, engine, step, on_all_ranks=False))
         found["main"].append(same(mains, now))
         found["nothing"].append(list(lift_ds.changed_entries(engine, step + 1)))
@@ -106,8 +110,6 @@ def run(kind: str, stage: int, folder: Path) -> dict[str, Any]:
             patch(everyones, engine, since)
             since = step + 1
             found["equal"].append(same(everyones, now))
-        if step + 1 in (CUT - 1, CUT):
-            found[f"received {step + 1}"] = sum(window.received.values())
         if step + 1 == CUT:
             engine.save_checkpoint(folder, "cut")
     with ledger, ledger.window() as window, lift_ds.base_weights(engine), torch.no_grad():
