@@ -151,13 +151,13 @@ class Changes:
         if self.base is not None:
             self._add_to_base(weight, new)
         if self.left is not None:
-            with self._store.whole_index(weight):
-                part, device = self.part_of(weight)
-                old = part.of(weight.principal_index).to(device)
+            part, device = self.part_of(weight)
             if weight.name not in self.left:
-                none = old.new_empty(0)
+                none = new.new_empty(0, device=device)
                 self.left[weight.name] = Left(Entries.of(part, none, none.short()))
-            self.left[weight.name].renew(old, part.of(new).to(device), step)
+            with self._store.whole_index(weight):
+                old = part.of(weight.principal_index).to(device)
+                self.left[weight.name].renew(old, part.of(new).to(device), step)
 
     def part_of(self, weight: PrincipalWeight) -> tuple[Part, torch.device]:
         """Return which part of a weight this rank holds, and where."""
