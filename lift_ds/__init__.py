@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lift_ds.config import LiftConfig
 from lift_ds.model.attach import attach, detach
 from lift_ds.optimizer import LiftAdamW
+from lift_ds.reference_model import ReferenceModel
+from lift_ds.refresh.changes import ChangedEntries, applied_steps, base_weights, changed_entries
 from lift_ds.refresh.gradients import select_by_gradients
 from lift_ds.refresh.report import RefreshReport, refreshes
 from lift_ds.selection import principal_indices
@@ -22,12 +24,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChangedEntries",
     "LiftAdamW",
     "LiftCallback",
     "LiftConfig",
+    "ReferenceModel",
     "RefreshReport",
+    "applied_steps",
     "attach",
+    "base_weights",
     "bind",
+    "changed_entries",
     "detach",
     "initialize",
     "principal_indices",

@@ -59,6 +59,12 @@ def _number_from_0(below: float) -> Check:
     return _is(lambda value: 0 <= value < below, f"a number of at least 0 and below {below:g}")
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not true or false")
+    return value
+
+
 def _or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
@@ -116,7 +122,8 @@ def _setting(default: Any, check: Check, help: str, more: str = "", *, flag: boo
         check: what a value has to be.
         help: one line, without a full stop; the trainer's `--help` shows it.
         more: what the table of the documentation says after that line, as Markdown.
-        flag: whether the trainer has a flag of this name. False where the Trainer has a flag of its own.
+        flag: whether the trainer has a flag of this name. False where the Trainer has a flag of its own, and for what
+            a program asks of LIFT by itself.
     """
     return dataclasses.field(default=default, metadata={"check": check, "help": help, "more": more, "flag": flag})
 
@@ -224,6 +231,21 @@ class LiftConfig:
         "Most GiB that a refresh may take on a rank, beside what training holds (default: any)",
         "A bound that cannot be kept is refused at the start, with one that can. The device's allocator may reserve "
         "more than is in use.",
+    )
+    keep_base: bool = _setting(
+        False,
+        _switch,
+        "Record the weights before training, for lift_ds.base_weights",
+        "It takes 4 bytes for each entry that was ever trained, in bf16: on every rank in ZeRO 0 to 2, 1/N of them on "
+        "each of N ranks in ZeRO-3. Parameters that are trained in full are kept in full.",
+        flag=False,
+    )
+    track_changes: bool = _setting(
+        False,
+        _switch,
+        "Record what leaves the selection, for lift_ds.changed_entries",
+        "It takes 4 bytes for each entry that was trained and is not any more, shared out as those of `keep_base`.",
+        flag=False,
     )
     lr: float = _setting(2e-4, _number_from_0(math.inf), "Learning rate of AdamW", flag=False)
     betas: tuple[float, float] = _setting(

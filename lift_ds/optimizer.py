@@ -111,6 +111,8 @@ def drive_plain(optimizer: torch.optim.Optimizer, attachment: Attachment) -> tup
                     f"the model was cast to {values.dtype} after its first step, while the optimizer's moments are "
                     f"{moments[EXP_AVG].dtype}; cast it before lift_ds.attach"
                 )
+        if attachment.driver is driver:  # under DeepSpeed another one
+            driver.step_begins()
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # torch's GradScaler lets a fused kernel skip by itself

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import Layout, principal, subspaces
+from lift_ds.checkpoint import Layout, changes, principal, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.config import LiftConfig
 from lift_ds.model.attachment import require_attachment
@@ -137,6 +137,7 @@ class LiftCallback(_WatchedSaves):
         assert self._driver is not None
         principal.restore(model, directory)
         subspaces.restore(model, directory)
+        changes.restore(model, directory)
         self._driver.check_state()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import subspaces
+from lift_ds.checkpoint import rank_files
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, save_error
 from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.ranks import alone
@@ -58,8 +58,9 @@ def _convert(source: Path, target: Path) -> int:
     try:
         (target / inner).mkdir(parents=True, exist_ok=True)
         tensors = write_universal(run, target / inner)
-        for path in source.glob(subspaces.PATTERN):
-            shutil.copy(path, target)
+        for kind in (rank_files.SUBSPACES, rank_files.CHANGES):
+            for path in rank_files.paths(kind, source):
+                shutil.copy(path, target)
         if inner:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_NEEDED, inner), dirs_exist_ok=True)
         named = (target, inner) if inner else (target.parent, target.name)

@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lift_ds.checkpoint import manifest, subspaces
+from lift_ds.checkpoint import changes, manifest, subspaces
 from lift_ds.config import LiftConfig
 from lift_ds.model.attachment import require_attachment
 from lift_ds.model.partition import logical_shape
@@ -57,8 +58,12 @@ _FREE_SETTINGS = frozenset(
         "eps",
         "weight_decay",
         "stall_timeout",
+        "track_changes",
     }
 )
+
+#: Settings that a run may give up when it resumes, and not take up.
+_GIVEN_UP = frozenset({"keep_base"})
 
 _DEFAULTS = LiftConfig(density=1.0).to_dict()
 
@@ -99,9 +104,9 @@ def commit(
 ) -> None:
     """Complete a checkpoint that every rank has finished writing, and write its description; all ranks call.
 
-    Each rank adds the subspaces its solver starts from. A few all-gathers of file names and checksums; every file is
-    read once, by one rank. Afterwards the checkpoint is whole for `newest` and `verify`, whatever happens to this
-    process.
+    Each rank adds the subspaces its solver starts from, and its record of what training has changed. A few all-gathers
+    of file names and checksums; every file is read once, by one rank. Afterwards the checkpoint is whole for `newest`
+    and `verify`, whatever happens to this process.
 
     Args:
         model: the model LIFT is attached to.
@@ -114,7 +119,9 @@ def commit(
         ValueError: on every rank, when a file cannot be read or the description cannot be written.
     """
     layout = layout or Layout(1, 0)
-    together(lambda: subspaces.write(model, directory))
+    require_attachment(model).require_trained()
+    for write in (subspaces.write, changes.write):
+        together(partial(write, model, directory))
     content = {
         "written": time.time(),
         "step": step,
@@ -334,7 +341,8 @@ def _compare(path: str, saved: Description, current: Description) -> None:
     _compare_layers(path, saved["matrices"], current["matrices"])
     for key, value in current["config"].items():
         before = saved["config"].get(key, _DEFAULTS.get(key))  # a checkpoint may be older than a setting
-        if key not in _FREE_SETTINGS and before != value:
+        may_differ = key in _FREE_SETTINGS or (key in _GIVEN_UP and not value)
+        if before != value and not may_differ:
             raise ValueError(f"{path}: saved with {key}={before!r}, this run has {key}={value!r}")
 
 

@@ -6,23 +6,17 @@ them. A matrix without one is factored afresh at its next refresh, as after a ru
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from lift_ds.checkpoint import rank_files
 from lift_ds.model.attachment import require_attachment
-from lift_ds.runtime.ranks import rank_and_count
-
-_NAME = "lift_subspaces_rank{:05d}.safetensors"
-#: The files of all ranks.
-PATTERN = "lift_subspaces_rank*.safetensors"
 
 
-def write(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def write(model: nn.Module, directory: rank_files.Folder) -> None:
     """Write this rank's subspaces into a checkpoint folder; no file where it has none.
 
     Args:
@@ -32,19 +26,10 @@ def write(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    rank, ranks = rank_and_count()
-    for path in Path(directory).glob(PATTERN):  # of an earlier save into this folder, perhaps on more ranks
-        if _rank_of(path) == rank or (rank == 0 and _rank_of(path) >= ranks):
-            path.unlink()
-    subspaces = require_attachment(model).subspaces
-    if subspaces:
-        try:
-            save_file(subspaces, Path(directory) / _NAME.format(rank))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    rank_files.write(rank_files.SUBSPACES, directory, require_attachment(model).subspaces)
 
 
-def restore(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def restore(model: nn.Module, directory: rank_files.Folder) -> None:
     """Take this rank's subspaces out of a checkpoint folder, and forget those it has.
 
     Args:
@@ -55,12 +40,8 @@ def restore(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     attachment = require_attachment(model)
     driver = attachment.driver
     own = set(attachment.matrices) if driver is None else set(driver.plan.jobs_of(driver.store.rank))
-    paths = sorted(Path(directory).glob(PATTERN))
+    paths = rank_files.paths(rank_files.SUBSPACES, directory)
     attachment.subspaces = {name: tensor for path in paths for name, tensor in _read(path, own)}
-
-
-def _rank_of(path: Path) -> int:
-    return int(path.stem.removeprefix("lift_subspaces_rank"))
 
 
 def _read(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:

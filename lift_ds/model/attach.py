@@ -105,7 +105,8 @@ def _attach(model: nn.Module, config: LiftConfig, *, select: bool, dry: bool) ->
         parameter.requires_grad_(name in targets.dense)
     everything = sum(logical_shape(parameter).numel() for parameter in model.parameters())
     weights = _manage_all(targets.weights, found)
-    attachment = Attachment(config, weights, required_grad, subspaces=subspaces, selected=select or dry)
+    dense = {name: parameter for name, parameter in model.named_parameters() if name in targets.dense}
+    attachment = Attachment(config, weights, required_grad, subspaces=subspaces, selected=select or dry, dense=dense)
     record(model, attachment)
     _log_attachment(attachment, covered, everything, len(targets.dense), fell_back)
     _log_targets(targets, left_out)
@@ -132,6 +133,9 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: when LIFT is not attached.
     """
     attachment = require_attachment(model)
+    attachment.require_trained()
+    if attachment.driver is not None:
+        attachment.driver.changes.forget()
     erase(model)
     for module in dict.fromkeys(weight.module for weight in attachment.weights.values()):
         unmanage(module)

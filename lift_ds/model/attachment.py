@@ -39,6 +39,8 @@ class Attachment:
         hooks: on the model, for as long as LIFT is attached.
         selected: whether the weights have an index; else a checkpoint is to bring it.
         gradients: measures gradients, where the criterion looks at them; None until it has batches.
+        dense: name -> parameter, of those that are trained in full beside.
+        shows_base: whether the weights are those before training at this moment (`lift_ds.base_weights`).
     """
 
     config: LiftConfig
@@ -55,6 +57,8 @@ class Attachment:
     hooks: list[RemovableHandle] = field(default_factory=list)
     selected: bool = True
     gradients: GradientMeter | None = None
+    dense: dict[str, nn.Parameter] = field(default_factory=dict)
+    shows_base: bool = False
 
     @property
     def needs_gradients(self) -> bool:
@@ -76,6 +80,7 @@ class Attachment:
         Raises:
             RuntimeError: when nothing would ever write them into the weights, or something else has changed them.
         """
+        self.require_trained()
         whole = weight.principal.is_whole()
         # Where θ is partitioned, a LiftAdamW built for the model cannot drive it by itself.
         if self.driver is None or not (whole or self.driver.store.sharded):
@@ -113,12 +118,25 @@ class Attachment:
         self.reached = set()
         self.step_seen = True
 
+    def require_trained(self) -> None:
+        """Check that the weights are the trained ones.
+
+        Raises:
+            RuntimeError: they are those before training, within `lift_ds.base_weights`.
+        """
+        if self.shows_base:
+            raise RuntimeError(
+                "within lift_ds.base_weights the weights are those before training: run the model under "
+                "torch.no_grad() there; train, save, load and detach it after the context"
+            )
+
     def require_selected(self) -> None:
         """Check that there is a selection to train or save.
 
         Raises:
-            RuntimeError: `attach` has left it to a checkpoint, and none has been loaded.
+            RuntimeError: `attach` has left it to a checkpoint, and none has been loaded; or as `require_trained`.
         """
+        self.require_trained()
         if not self.selected:
             raise RuntimeError(
                 "nothing is selected: resume=True left the index to a checkpoint, and none has been loaded since; load "
@@ -159,6 +177,7 @@ class Attachment:
         copied = Attachment(self.config, {}, self.required_grad, subspaces=dict(self.subspaces), selected=self.selected)
         memo[id(self)] = copied
         copied.weights = copy.deepcopy(self.weights, memo)
+        copied.dense = copy.deepcopy(self.dense, memo)
         return copied
 
     def entries(self) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lift_ds.model.attachment import Attachment
 from lift_ds.model.weights import PrincipalWeight
+from lift_ds.refresh.changes import Changes
 from lift_ds.refresh.checks import Untrained, require_equal
 from lift_ds.refresh.gradients import gradients_of, in_groups
 from lift_ds.refresh.report import RefreshReport
@@ -58,6 +59,7 @@ class Driver:
         plan: who selects in which matrix, and when.
         reports: what the refreshes of this process did, or the parts of them, oldest first.
         refreshes: the same for whole refreshes, when their last part is made.
+        changes: what training has changed, where a setting asks for it.
     """
 
     def __init__(self, attachment: Attachment, store: PrincipalStore, optimizer: Any) -> None:
@@ -70,6 +72,7 @@ class Driver:
         attachment.driver, attachment.partitioned = self, store.sharded
         own = self.plan.jobs_of(store.rank)
         attachment.subspaces = {name: start for name, start in attachment.subspaces.items() if name in own}
+        self.changes = Changes(attachment, store)
         self._unfinished: list[RefreshReport] = []  # parts of the refresh that is under way
         self._untrained = Untrained(attachment, store)
 
@@ -91,6 +94,12 @@ class Driver:
     def applied_steps(self) -> int:
         """Optimizer steps applied since training began, over restarts."""
         return self._optimizer.param_groups[0].get(APPLIED_STEPS, 0)
+
+    def step_begins(self) -> None:
+        """Take note that the optimizer is about to make a step; all ranks call."""
+        self.attachment.require_trained()
+        if not self.changes.begun:
+            self.changes.begin(self.applied_steps)
 
     def step_applied(self) -> None:
         """Take note of one applied optimizer step.
@@ -161,6 +170,7 @@ class Driver:
                     for name in weight.matrix_names()
                 ]
                 new.append((weight, handed))
+                self.changes.renew(weight, [one.words for one in handed], step)
             replaced += self.store.carry(new)
         return RefreshReport(
             step,

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +103,29 @@ class PrincipalStore(Protocol):
             int64 [len(weights), 2], the same on every rank: how many entries differ, how many master values were found.
         """
 
+    def held(self, parameter: Tensor, *, write: bool) -> AbstractContextManager[tuple[Tensor, int]]:
+        """Give the part of a parameter that this rank holds, within the context: 1-D, and its first flat position.
+
+        Autograd does not notice what is written into it. Afterwards `drop_gathered` is called, on all ranks.
+
+        Args:
+            parameter: of the model.
+            write: whether it is written into.
+        """
+
+    def drop_gathered(self) -> None:
+        """Let parameters be gathered anew where they are needed; no collective runs here."""
+
+    def trained(self, weight: PrincipalWeight) -> tuple[Tensor, Tensor]:
+        """Return the index [k] of a weight and the weights there [k], on every rank; all of them call."""
+
+    def of_all_ranks(self, piece: Tensor) -> Tensor:
+        """Return what the ranks have of something, 1-D, one after the other; all of them call.
+
+        Args:
+            piece: what this rank has in the part that it holds, 1-D.
+        """
+
     def release(self) -> None:
         """Give up what was kept whole between a backward and its step."""
 
@@ -109,7 +133,31 @@ class PrincipalStore(Protocol):
         """Give up what a backward through some weights has left whole; in training the engine does so."""
 
 
-class DenseStore:
+class WholeWeights(ABC):
+    """What stores have in common where each rank holds all weights."""
+
+    @contextmanager
+    def held(self, parameter: Tensor, *, write: bool) -> Iterator[tuple[Tensor, int]]:
+        yield parameter.data.view(-1), 0  # by `data`: autograd would count what is written
+
+    def drop_gathered(self) -> None:
+        """Nothing is gathered."""
+        return
+
+    def trained(self, weight: PrincipalWeight) -> tuple[Tensor, Tensor]:
+        with self.whole_index(weight):
+            index = weight.principal.index.compact()
+            return index.positions().clone(), weights_at(weight.weight, index)
+
+    def of_all_ranks(self, piece: Tensor) -> Tensor:
+        return piece
+
+    @abstractmethod
+    def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:
+        """As `PrincipalStore`."""
+
+
+class DenseStore(WholeWeights):
     """Everything whole in this process: plain PyTorch, or DeepSpeed's stage 0 in float32.
 
     Args:

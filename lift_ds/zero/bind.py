@@ -222,6 +222,7 @@ def _run_after_applied_steps(wrapper: Any, driver: Driver) -> None:
 
     def step_and_drive(self: Any, *args: Any, **kwargs: Any) -> Any:
         with watchdog.during(f"step {driver.applied_steps + 1}", whole=True):
+            driver.step_begins()
             result = step(*args, **kwargs)
             if getattr(self, "overflow", False):
                 driver.step_skipped()

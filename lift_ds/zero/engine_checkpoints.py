@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed import comm
 
 from lift_ds import checkpoint
-from lift_ds.checkpoint import subspaces
+from lift_ds.checkpoint import changes, subspaces
 from lift_ds.checkpoint.failed_save import WRITER_ERRORS, SaveError, save_error, stop_together
 from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime.files import write_whole
@@ -90,6 +90,7 @@ def _saver(save: Any) -> Any:
 
 def _loader(load: Any) -> Any:
     def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        require_attachment(self.module).require_trained()
         layout = layout_of(self)
         tag = str(tag) if tag is not None else by_main(lambda: newest_tag(load_dir, layout))
         folder = os.path.join(load_dir, tag)
@@ -103,6 +104,7 @@ def _loader(load: Any) -> Any:
             self._config.load_universal_checkpoint = before
         require_attachment(self.module).selected = True
         subspaces.restore(self.module, folder)
+        changes.restore(self.module, folder)
         if self.zero_nvme_offload_optimizer():
             restore_states(self.optimizer, folder)
         if universal:

@@ -10,7 +10,7 @@ DeepSpeedZeroOptimizer_Stage3    1/N      1/N      1/N                   1/N
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ from lift_ds.refresh.carry import MOMENTS, PrincipalState, Range, within
 from lift_ds.refresh.store import (
     DenseStore,
     NewIndex,
+    WholeWeights,
     differences,
     matrix_of,
     put_values,
@@ -46,6 +47,7 @@ from lift_ds.zero.partitioned import (
     gathered_to,
     padded,
     put_values_in_shard,
+    shard_in_memory,
     shard_range,
     shard_ranges,
     weights_in_shard,
@@ -166,7 +168,7 @@ class _RankedStore:
         return self._from_owner(owner, words, weight.layout.of_one.word_count(), torch.int32)
 
 
-class PartitionedStateStore(_RankedStore):
+class PartitionedStateStore(WholeWeights, _RankedStore):
     """Stages 1 and 2: master and moments are shards of flat groups, the index too; θ and W are whole on every rank.
 
     A refresh moves no weight: every rank has them all, and the owner broadcasts the new index (2 k bytes). The old one
@@ -371,6 +373,38 @@ class PartitionedParameterStore(_RankedStore):
         master = _own_master(weight.principal_values)[: stop - start]
         unwritten = differences(values, weights_in_shard(weight.weight, index, values))
         return unwritten + differences(values[start:stop], master), stop - start
+
+    @contextmanager
+    def held(self, parameter: Any, *, write: bool) -> Iterator[tuple[Tensor, int]]:
+        start, stop = shard_range(parameter)
+        with shard_in_memory(parameter, write=write) as shard:
+            yield shard.data[: stop - start], start
+
+    def drop_gathered(self) -> None:
+        """As DeepSpeed does before each step; also small parameters, which stay whole between steps, and those that are
+        being fetched ahead.
+        """
+        self._offload.partition_all_parameters()
+
+    def trained(self, weight: PrincipalWeight) -> tuple[Tensor, Tensor]:
+        """One all-gather, of index and principal values."""
+        principal = weight.principal
+        with gathered([principal.values, principal.index.words]):
+            return principal.index.positions().clone(), principal.values.detach().to(weight.weight.dtype, copy=True)
+
+    def of_all_ranks(self, piece: Tensor) -> Tensor:
+        """Two all-gathers: how many each rank has, and of pieces as long as the longest."""
+        piece = piece.to(get_accelerator().current_device_name())
+        mine = torch.tensor([piece.numel()], device=piece.device)
+        counts = mine.new_empty(self.ranks)
+        comm.all_gather_into_tensor(counts, mine, group=self._group)
+        longest = int(counts.max())
+        padded_piece = torch.cat([piece, piece.new_empty(longest - piece.numel())])
+        everyone = piece.new_empty(self.ranks * longest)
+        # As bytes: not every backend gathers every dtype.
+        comm.all_gather_into_tensor(everyone.view(torch.uint8), padded_piece.view(torch.uint8), group=self._group)
+        rows = zip(everyone.view(self.ranks, longest), counts.tolist(), strict=True)
+        return torch.cat([row[:count] for row, count in rows])
 
     def release(self) -> None:
         pass

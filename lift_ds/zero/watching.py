@@ -34,6 +34,8 @@ _STORE_CALLS = {
     "turns": "finding who holds which states",
     "total": "adding up what was replaced",
     "write_back": "writing back the trained values",
+    "trained": "gathering what is trained in",
+    "of_all_ranks": "gathering what has left the selections",
     "compare": "comparing the optimizer's state with the weights",
 }
 

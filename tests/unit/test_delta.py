@@ -131,7 +131,7 @@ def test_what_lift_changed_is_what_was_ever_selected(tmp_path: Path) -> None:
     optimizer = lift_ds.LiftAdamW(model, lr=config.lr)
     ever: dict[str, set[int]] = {}
     for step in range(5):
-        for name, layer in lift_ds.model.attachment.require_attachment(model).layers.items():
+        for name, layer in lift_ds.model.attachment.require_attachment(model).weights.items():
             ever.setdefault(f"{name}.weight", set()).update(layer.principal_index.tolist())
         loss_of(model, "llama", step).backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lift_ds
-from lift_ds.checkpoint import commit, subspaces
+from lift_ds.checkpoint import commit, rank_files, subspaces
 from lift_ds.model.attachment import require_attachment
 from lift_ds.refresh.schedule import plan_refresh
 from lift_ds.selection import MatrixSize, SelectionSettings, select_principal
@@ -120,10 +120,10 @@ def test_a_checkpoint_without_them_leaves_none(tmp_path: Path) -> None:
 
 def test_saving_again_on_fewer_ranks_leaves_none_of_the_others(tmp_path: Path) -> None:
     commit(attached(), tmp_path)
-    (first,) = tmp_path.glob(subspaces.PATTERN)
+    (first,) = rank_files.paths(rank_files.SUBSPACES, tmp_path)
     first.rename(tmp_path / first.name.replace("00000", "00003"))
     commit(attached(), tmp_path)
-    assert [path.name for path in tmp_path.glob(subspaces.PATTERN)] == [first.name]
+    assert [path.name for path in rank_files.paths(rank_files.SUBSPACES, tmp_path)] == [first.name]
     assert load_file(first).keys() == SIDES.keys()
 
 

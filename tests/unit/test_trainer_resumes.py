@@ -29,6 +29,7 @@ def trainer_in(
     *,
     own_adamw: bool = False,
     resume: Path | None = None,
+    config: lift_ds.LiftConfig = CONFIG,
     **arguments: Any,
 ) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in token_batch(step)]
@@ -40,7 +41,7 @@ def trainer_in(
         "disable_tqdm": True,
         **arguments,
     }
-    model = lift_ds.attach(small_llama(dtype), CONFIG)
+    model = lift_ds.attach(small_llama(dtype), config)
     extra = {} if own_adamw else {"optimizer_cls_and_kwargs": (lift_ds.LiftAdamW, {"model": model, "lr": 1e-3})}
     trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=rows, **extra)
     trainer.add_callback(lift_ds.LiftCallback(resume_from_checkpoint=resume))
@@ -101,6 +102,21 @@ def test_the_trainers_own_adamw_resumes_too(tmp_path: Path) -> None:
     again = trainer_in(tmp_path / "again", own_adamw=True, resume=checkpoint)
     again.train(resume_from_checkpoint=str(checkpoint))
     check_same(again, whole)
+
+
+def test_the_weights_before_training_are_in_a_checkpoint(tmp_path: Path) -> None:
+    """Though what it saves as the model are the trained ones."""
+    config = dataclasses.replace(CONFIG, keep_base=True, track_changes=True)
+    trainer_in(tmp_path / "whole", config=config, save_steps=5, max_steps=5).train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    again = trainer_in(tmp_path / "again", config=config, resume=checkpoint)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert {change.name for change in lift_ds.changed_entries(again.model, 2)} == {
+        weight.full_name for weight in layers_of(again.model).values()
+    }
+    with lift_ds.base_weights(again.model):
+        found = weights_of(again.model)
+        assert all(same_bits(found[name], value) for name, value in small_llama().state_dict().items())
 
 
 def test_a_checkpoint_of_other_weights_than_its_optimizers_is_refused(tmp_path: Path) -> None:

@@ -43,12 +43,15 @@ from trl import (
 )
 
 import lift_ds
+from lift_ds.model.attachment import attachment_of
 from lift_ds.model.targets import find_targets
 from lift_ds.reference import ReferenceLift
 
 STEPS = 10
 #: With Adam's usual eps of 1e-8 the rounding of vanishing gradients becomes whole updates.
-SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=4, solver="svd", lr=4e-4, eps=1e-6)
+SETTINGS = lift_ds.LiftConfig(
+    budget_rank=4, lra_rank=4, refresh_interval=4, solver="svd", lr=4e-4, eps=1e-6, keep_base=True
+)
 
 
 def sizes() -> dict[str, Any]:
@@ -93,21 +96,36 @@ def reward_trainer(ds: Any) -> Made:
     )
 
 
-def dpo(ds: Any) -> Made:
+def reference_of(model: nn.Module, copied: bool) -> nn.Module:
+    """The model before training: a copy, or what LIFT has recorded of it."""
+    return cases.build("llama") if copied or attachment_of(model) is None else lift_ds.ReferenceModel(model)
+
+
+def dpo(ds: Any, copied: bool = True) -> Made:
     rows = Dataset.from_dict({"prompt": sentences(1, 4), "chosen": sentences(2, 5), "rejected": sentences(3, 5)})
     args = arguments(DPOConfig, ds, max_length=None)
     return cases.build("llama"), lambda model, **how: DPOTrainer(
-        model=model, ref_model=cases.build("llama"), args=args, train_dataset=rows, processing_class=tokenizer(), **how
+        model=model,
+        ref_model=reference_of(model, copied),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        **how,
     )
 
 
-def kto(ds: Any) -> Made:
+def kto(ds: Any, copied: bool = True) -> Made:
     rows = Dataset.from_dict(
         {"prompt": sentences(1, 4), "completion": sentences(2, 5), "label": [i % 3 > 0 for i in range(ROWS)]}
     )
     args = arguments(KTOConfig, ds, max_length=None)
     return cases.build("llama"), lambda model, **how: KTOTrainer(
-        model=model, ref_model=cases.build("llama"), args=args, train_dataset=rows, processing_class=tokenizer(), **how
+        model=model,
+        ref_model=reference_of(model, copied),
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        **how,
     )
 
 
@@ -129,6 +147,8 @@ KINDS: dict[str, Callable[[Any], Made]] = {
     "reward": reward_trainer,
     "dpo": dpo,
     "kto": kto,
+    "dpo without a copy": lambda ds: dpo(ds, copied=False),
+    "kto without a copy": lambda ds: kto(ds, copied=False),
     "grpo": lambda ds: _rollouts(GRPOTrainer, GRPOConfig, ds),
     "rloo": lambda ds: _rollouts(RLOOTrainer, RLOOConfig, ds),
     "seq2seq": seq2seq,
@@ -141,9 +161,9 @@ class Reference(torch.optim.Optimizer):
     def __init__(self, model: nn.Module) -> None:
         targets = find_targets(model, SETTINGS)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.removesuffix(".weight") in targets.layers or name in targets.dense)
+            parameter.requires_grad_(name.removesuffix(".weight") in targets.weights or name in targets.dense)
         dense = [model.get_parameter(name) for name in sorted(targets.dense)]
-        weights = {name: layer.weight for name, layer in targets.layers.items()}
+        weights = {name: layer.weight for name, layer in targets.weights.items()}
         super().__init__([*weights.values(), *dense], {"lr": SETTINGS.lr})
         self.reference = ReferenceLift(weights, SETTINGS)
         self.dense = torch.optim.AdamW(dense, SETTINGS.lr, SETTINGS.betas, SETTINGS.eps, 0.0) if dense else None
