@@ -202,9 +202,13 @@ def test_no_dense_gradient_but_of_one_stack_is_alive() -> None:
 
 
 def alive_after_backward(model: nn.Module, entries: int) -> list[torch.Size]:
-    """Shapes of the tensors of at least so many entries that a backward has left, but for the model's own."""
-    own = {p.data_ptr() for p in model.parameters()}
+    """Shapes of the tensors of at least so many entries that a backward has left."""
+    before = {id(tensor) for tensor in tensors_of(entries)}
     cases.loss_of(model, "mixtral", 0).backward()
+    return [tensor.shape for tensor in tensors_of(entries) if id(tensor) not in before]
+
+
+def tensors_of(entries: int) -> list[Tensor]:
+    """Those that Python holds, of at least so many entries."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    return [t.shape for t in tensors if t.numel() >= entries and t.data_ptr() not in own]
+    return [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.numel() >= entries]
