@@ -173,6 +173,42 @@ def table(records: list[Record], *, head: bool) -> str:
     return "\n".join(rows)
 
 
+def of_shapes(records: list[Record]) -> list[Record]:
+    """Gather the records of a model's matrices: for each shape and method all of them together."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        found.setdefault((_by_name(r["shape"]), r["method"]), []).append(r)
+    return [
+        {
+            "shape": shape,
+            "method": method,
+            "matrices": len(own),
+            "seconds": sum(r["seconds"] for r in own),
+            "off, mean": 1 - statistics.mean(r["overlap"] for r in own),
+            "off, at most": 1 - min(r["overlap"] for r in own),
+            "fell back": sum(r["ran"] == "gram" for r in own) if "chebyshev" in method else 0,
+        }
+        for (shape, method), own in found.items()
+    ]
+
+
+def table_of_shapes(records: list[Record]) -> str:
+    """Return a row per method over all matrices; times against the baseline's."""
+    found: dict[str, list[Record]] = {}
+    for r in records:
+        found.setdefault(r["method"], []).append(r)
+    slowest = sum(r["seconds"] for r in found.get("baseline", []))
+    rows = [f"{'all matrices':15} {'seconds':>8} {'faster':>6} {'off, mean':>9} {'at most':>8} {'fell back':>9}"]
+    for method, own in found.items():
+        seconds, count = sum(r["seconds"] for r in own), sum(r["matrices"] for r in own)
+        mean = sum(r["matrices"] * r["off, mean"] for r in own) / count
+        rows.append(
+            f"{method:15} {seconds:8.1f} {_cell(slowest / seconds if slowest else None, '6.2f')} {mean:9.5f} "
+            f"{max(r['off, at most'] for r in own):8.5f} {sum(r['fell back'] for r in own):9}"
+        )
+    return "\n".join(rows)
+
+
 def _by_name(shape: list[int]) -> str:
     return "x".join(map(str, shape))
 
@@ -361,9 +397,14 @@ def main(arguments: list[str] | None = None) -> int:
     on_gpu = {"gpu": torch.cuda.get_device_name(args.device)} if args.device.startswith("cuda") else {}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     given |= {"output": args.output.name, "weights": args.weights and args.weights.name}
+    if args.weights:
+        print(table_of_shapes(of_shapes(records)))
     # Other processes on the cores show in the times.
     around = surroundings(("safetensors",), threads=args.threads, **on_gpu) | {"load_average": os.getloadavg()}
-    write_json(args.output, {**around, "arguments": given, "records": records, "budgets": found})
+    kept = {"records": records, "budgets": found}
+    if args.weights:  # hundreds of matrices
+        kept = {"records": of_shapes(records), "budgets": worst(found)}
+    write_json(args.output, {**around, "arguments": given, **kept})
     if not args.model:
         draw(records, args.output.with_suffix(".svg"))
     return exit_code(found)

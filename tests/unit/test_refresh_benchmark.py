@@ -65,7 +65,9 @@ def test_saved_weights_are_run_without_embeddings_and_small_ones(tmp_path: Path)
     shapes = {"embed_tokens": (80, 64), "layers.0.up": (96, 64), "layers.0.down": (64, 96), "layers.0.small": (64, 20)}
     save_file({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     _, found = run(tmp_path, "--weights", str(tmp_path))
-    assert {r["matrix"] for r in found["records"]} == {"layers.0.up.weight", "layers.0.down.weight"}
+    assert {(r["shape"], r["matrices"]) for r in found["records"]} == {("96x64", 1), ("64x96", 1)}
+    assert all(r["off, mean"] == r["off, at most"] < 0.005 for r in found["records"] if r["method"] == "gram")
+    assert all(r["seconds"] > 0 for r in found["records"])
 
 
 def test_memory_of_the_largest_matrix_is_counted_beside_the_rest(
