@@ -150,10 +150,17 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return Matrices() if kind == "matrices" else small_llama(dtype)
 
 
-def experts_runs(ranks: int) -> list[tuple[str, int]]:
-    """The mixtures of experts and ZeRO stages that are compared with the reference."""
-    stages = {1: [0, 3], 2: [1, 2, 3]}[ranks]
-    return [(kind, stage) for kind in EXPERTS for stage in stages]
+def experts_runs(ranks: int, every: bool) -> list[tuple[str, int]]:
+    """The mixtures of experts and ZeRO stages that are compared with the reference.
+
+    Args:
+        ranks: how many.
+        every: whether all are, which takes two minutes; else each kind and each stage once, about.
+    """
+    if every:
+        return [(kind, stage) for kind in EXPERTS for stage in range(4)]
+    few = {1: [("gpt_oss", 0), ("qwen3_moe", 3)], 2: [("mixtral", 1), ("mixtral", 2), ("mixtral", 3), ("gpt_oss", 3)]}
+    return few[ranks]
 
 
 def managed_stacks(model: nn.Module) -> dict[str, Tensor]:

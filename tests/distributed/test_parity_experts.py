@@ -20,9 +20,19 @@ from lift_ds.reference import ReferenceLift
 TOLERANCE = 1e-6
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}ranks")
-def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks("parity_experts", request.param, tmp_path_factory.mktemp("experts"))
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((ranks, every), marks=[pytest.mark.slow] * every, id=f"{ranks}ranks" + "-every" * every)
+        for every in (False, True)
+        for ranks in (1, 2)
+    ],
+)
+def launch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    """What was run, and what rank 0 saved of it."""
+    ranks, every = request.param
+    found = run_ranks("parity_experts", ranks, tmp_path_factory.mktemp("experts"), *["every"] * every)
+    return cases.experts_runs(ranks, every), found[0]
 
 
 @functools.cache
@@ -64,10 +74,11 @@ def whole_index(reference: ReferenceLift, name: str, weight: torch.Tensor) -> to
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", cases.EXPERTS)
-def test_every_stage_follows_the_reference(ranks: list[dict[str, Any]], kind: str, stage: int) -> None:
-    if (kind, stage) not in cases.experts_runs(len(ranks)):
-        pytest.skip(f"not run on {len(ranks)} ranks")
-    run, expected = ranks[0][f"{kind} stage {stage}"], train_reference(kind)
+def test_every_stage_follows_the_reference(launch: tuple[Any, dict[str, Any]], kind: str, stage: int) -> None:
+    runs, saved = launch
+    if (kind, stage) not in runs:
+        pytest.skip("run with the slow tests")
+    run, expected = saved[f"{kind} stage {stage}"], train_reference(kind)
     assert run["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
     assert len(run["indices"]) == 3
     for ours, theirs in zip(run["indices"], expected["indices"], strict=True):

@@ -15,6 +15,6 @@ from parity import run
 
 if __name__ == "__main__":
     engines.start()
-    runs = cases.experts_runs(dist.get_world_size())
+    runs = cases.experts_runs(dist.get_world_size(), every="every" in sys.argv)
     results = {f"{kind} stage {stage}": run(kind, stage) for kind, stage in runs}
     engines.finish(sys.argv[1], results)
