@@ -17,7 +17,7 @@ class CheckpointWeightPatch(NamedTuple):
 
     A tuple, as there, since vLLM renames patches of tied weights by `_replace`.
 
-    Args:
+    Attributes:
         name: of the tensor in the model's files.
         shape: of the whole tensor.
         dtype: of the values.

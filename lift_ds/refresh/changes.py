@@ -37,7 +37,7 @@ _MOST_REFRESHES = 2**15 - 1
 class ChangedEntries(NamedTuple):
     """What has changed in one parameter.
 
-    Args:
+    Attributes:
         name: as in the state dict of the plain model.
         shape: of the whole parameter.
         indices: flat row-major positions, ascending, int32, or int64 in a parameter of more than 2^31 entries; None
