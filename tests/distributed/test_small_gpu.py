@@ -138,9 +138,8 @@ def test_results_have_states_that_a_run_can_go_on_from(runs: dict[str, Any]) -> 
 def faults(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two runs left of cells that go well, fail, end their process and hang."""
     folder = tmp_path_factory.mktemp("cells")
-    environment = rank_environment(1) | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, str(WORKERS / "gpu_cells.py"), str(folder)], cwd=REPOSITORY, env=environment,
+        [sys.executable, str(WORKERS / "gpu_cells.py"), str(folder)], cwd=REPOSITORY, env=rank_environment(1),
         capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
