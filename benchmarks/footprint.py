@@ -2,6 +2,7 @@
 
     python -m benchmarks.footprint                      # every method, stage and 1, 2, 4 ranks; about ten minutes
     python -m benchmarks.footprint --stages 2 --ranks 2
+    python -m benchmarks.footprint --methods lift --experts 8 --output benchmarks/results/footprint_experts.json
     python -m benchmarks.footprint --checkpointing --vocabulary 2048 --ranks 1,2,4 --stages 1,2,3 \\
         --output benchmarks/results/footprint_checkpointing.json
 
@@ -74,6 +75,7 @@ class Case:
     sequence: int
     checkpointing: bool = False
     live: int = 0
+    experts: int = 0
 
     def __str__(self) -> str:
         return f"{self.method:15} ZeRO-{self.stage}  {self.ranks} rank{'s' if self.ranks > 1 else ' '}"
@@ -81,7 +83,9 @@ class Case:
 
 def build_engine(case: Case) -> Any:
     """Build the engine of a method."""
-    model: Any = build_llama(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
+    model: Any = build_llama(
+        case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence, experts=case.experts
+    )
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # Buckets follow the width, and ZeRO-3 lets go of a layer after its use.
@@ -151,7 +155,9 @@ def _as_json(window: Window) -> Record:
 def planned(case: Case) -> tuple[formulas.Setting, Activations]:
     """Return what the formulas need to know about a case, and those of its peak."""
     config = lift_ds.LiftConfig.from_dict(lift_block(case))
-    model = llama_config(case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence)
+    model = llama_config(
+        case.hidden, case.intermediate, case.layers, case.vocabulary, case.sequence, experts=case.experts
+    )
     facts = facts_of(str(case), model, build_on_meta(model, config))
     choice = Choice(
         case.method.removesuffix("-replicated"), case.stage,
@@ -315,7 +321,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         found.append(
             Case(
                 method, stage, n, args.hidden, args.intermediate, args.layers, args.vocabulary, rank, args.batch,
-                args.sequence, args.checkpointing, args.live,
+                args.sequence, args.checkpointing, args.live, args.experts,
             )
         )  # fmt: skip
     return found
@@ -347,9 +353,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="sequences per rank and step")
     parser.add_argument("--sequence", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--experts", type=int, default=0, help="of each layer: a Mixtral; with --methods lift alone")
     parser.add_argument("--live", type=int, default=0, help="parameters ZeRO-3 may keep gathered")
     parser.add_argument("--output", type=Path, default=RESULTS / "footprint.json")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.experts and not all(method.startswith("lift") for method in args.methods):
+        parser.error(
+            f"--experts {args.experts} needs --methods lift: LoRA and the formulas of the others know no stacks"
+        )
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:

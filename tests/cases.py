@@ -60,7 +60,7 @@ def small_llama(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForC
 EXPERTS = {"mixtral": "eager", "qwen3_moe": "batched_mm", "gpt_oss": "grouped_mm"}
 
 
-def small_experts(kind: str, implementation: str | None = None) -> nn.Module:
+def small_experts(kind: str, implementation: str | None = None, experts: int = 4) -> nn.Module:
     """A mixture of experts of two layers with the same weights at every call."""
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -68,10 +68,15 @@ def small_experts(kind: str, implementation: str | None = None) -> nn.Module:
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_experts_per_tok": 2,
     }  # fmt: skip
     own: dict[str, Any] = {
-        "mixtral": {"num_local_experts": 4},
-        "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        "mixtral": {"num_local_experts": experts},
+        "qwen3_moe": {
+            "num_experts": experts,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        },
         "gpt_oss": {
-            "num_local_experts": 4,
+            "num_local_experts": experts,
             "sliding_window": 8,
             "layer_types": ["sliding_attention", "full_attention"],
         },

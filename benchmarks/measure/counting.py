@@ -184,13 +184,14 @@ class Ledger(TorchDispatchMode):
         size = sum(tensor.nbytes for tensor in tensors_in(args[whole]))
         if kind in _PART_OF_WHOLE:
             size *= self._ranks
-        share = ring_share(kind, self._ranks)
+        share = {"send": 0.0, "receive": 1.0}.get(kind, ring_share(kind, self._ranks))
         if name == "c10d::alltoall_base_" and args[3]:  # parts of unequal sizes, of which one stays here
             size, share = size - size * args[3][dist.get_rank()] // max(1, sum(args[3])), 1.0
         receives = kind != "gather" or any(True for _ in tensors_in(args[0]))  # only the root passes outputs
         for window in self._windows:
             window.calls[kind] += 1
-            window.logical[kind] += size
+            if kind != "receive":  # it was counted where it was sent
+                window.logical[kind] += size
             window.received[kind] += round(size * share) * receives
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lift_ds.model.weights import principal_weights
 from lift_ds.planner.formulas import GRADIENTS, INDEX, MASTER, MOMENTS, TRAINED, UNMANAGED, WEIGHTS
 
-#: Linear layers of a Llama that all methods work on; PEFT calls the original one `base_layer`.
-_MANAGED = re.compile(r"\.(q|k|v|o|gate|up|down)_proj(\.base_layer)?\.weight$")
+#: Linear layers of a Llama that all methods work on, where PEFT calls the original one `base_layer`; and the stacks of
+#: a Mixtral's experts.
+_MANAGED = re.compile(r"\.(q|k|v|o|gate|up|down)_proj(\.base_layer)?\.weight$|\.experts\.(gate_up|down)_proj$")
 
 #: Attributes of DeepSpeed's wrappers that hold gradients or master values, in whatever nesting.
 _GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer")

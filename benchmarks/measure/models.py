@@ -34,8 +34,9 @@ def llama_config(
     sequence: int,
     key_value_heads: int | None = None,
     attention: str = "sdpa",
+    experts: int = 0,
 ) -> Any:
-    """Return the transformers configuration of a Llama of these sizes.
+    """Return the transformers configuration of a Llama of these sizes, or with experts of a Mixtral.
 
     Args:
         hidden: h.
@@ -45,12 +46,15 @@ def llama_config(
         sequence: tokens of the longest sequence.
         key_value_heads: heads of keys and values; None for one each of the queries'.
         attention: which of transformers' implementations.
+        experts: of each layer, in the place of its feed-forward matrices; a token passes two of them.
     """
     # Not at the top: DeepSpeed, which transformers imports, first wants to be told of the device.
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
+    mixture = {"num_local_experts": experts, "num_experts_per_tok": 2} if experts else {}
     heads = max(1, hidden // (64 if hidden < 4096 else 128))
-    return LlamaConfig(
+    return AutoConfig.for_model(
+        "mixtral" if experts else "llama",
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -61,6 +65,7 @@ def llama_config(
         attn_implementation=attention,
         tie_word_embeddings=False,
         use_cache=False,
+        **mixture,
     )
 
 
@@ -72,14 +77,15 @@ def build_llama(
     sequence: int,
     device: str = "cpu",
     key_value_heads: int | None = None,
+    experts: int = 0,
 ) -> nn.Module:
-    """Build a Llama in bf16, the same on every rank; the sizes are those of `llama_config`."""
-    from transformers import LlamaForCausalLM
+    """Build a Llama or a Mixtral in bf16, the same on every rank; the sizes are those of `llama_config`."""
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    config = llama_config(hidden, intermediate, layers, vocabulary, sequence, key_value_heads)
+    config = llama_config(hidden, intermediate, layers, vocabulary, sequence, key_value_heads, experts=experts)
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.bfloat16)
+        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
 
 
 def ds_config(

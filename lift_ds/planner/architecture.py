@@ -19,8 +19,8 @@ says where each of their sizes is read, and what stands in for it where a model 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,10 @@ _LINEAR = (nn.Linear, Conv1D)
 #: How transformers names the classes of attention and of experts, in part.
 _ATTENTION, _EXPERTS = ("Attention", "MLA"), ("Experts",)
 
+#: Classes whose parameters ZeRO-3 fetches as one if nothing else is asked for: DEFAULT_LEAF_MODULE_CLASSES of
+#: DeepSpeed 0.19, in `deepspeed.runtime.zero.leaf_module_config`.
+LEAVES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -52,6 +56,8 @@ class Architecture:
         heads: of the queries.
         layers: L.
         vocabulary: V.
+        experts: that a token passes in a layer; 0 of a dense model.
+        leaves: names of the managed weights that are in a leaf module of ZeRO-3.
         uses: where it uses its weights.
         differences: in what the model is not a decoder of the Llama family.
     """
@@ -62,6 +68,8 @@ class Architecture:
     heads: int
     layers: int
     vocabulary: int
+    experts: int
+    leaves: frozenset[str]
     uses: Uses
     differences: tuple[str, ...]
 
@@ -85,6 +93,8 @@ def read_architecture(settings: Any, model: nn.Module) -> Architecture:
         heads=_size(text, "num_attention_heads") or 1,
         layers=len(blocks),
         vocabulary=_head(model).shape[0],
+        experts=(_experts_of_a_token(text) or 1) if any(_has(block, _EXPERTS) for block in blocks) else 0,
+        leaves=frozenset(name for leaf in _leaves(model) for name, _ in principal_weights(leaf)),
         uses=_uses(text, model, blocks, intermediate),
         differences=_differences(model, stacks, hidden, intermediate),
     )
@@ -185,14 +195,12 @@ def _uses(text: Any, model: Any, blocks: list[nn.Module], intermediate: int) -> 
     # The last matrix of an attention is that of its output; all others see the embeddings.
     inputs = [matrix for found in attentions[:1] for matrix in found.modules() if isinstance(matrix, _LINEAR)][:-1]
     managed = [weight for _, weight in principal_weights(model)]
-    weights = {id(weight.weight) for weight in managed}
-    early = itertools.takewhile(lambda parameter: not parameter.requires_grad, model.parameters())
     head = _output(model)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = embeddings if head is None else [*embeddings, head]
     return Uses(
         first_inputs=_entries(matrix.weight for matrix in inputs if WEIGHTS in matrix.__dict__),
-        early=_entries(parameter for parameter in early if id(parameter) not in weights),
+        early=_entries(parameter for module in _before_training(model) for parameter in module.parameters(False)),
         # What ends a layer comes from the feed-forward width.
         last_products=_entries(
             weight.weight
@@ -203,7 +211,31 @@ def _uses(text: Any, model: Any, blocks: list[nn.Module], intermediate: int) -> 
         tied=_entries(weight for weight in embeddings if weight is head),
         idle=sum(_idle(weight, _experts_of_a_token(text)) for weight in managed),
         stack=max((weight.elements() for weight in managed if weight.matrices > 1), default=0),
+        together=max((_managed_in(module) for module in [*_holders(managed), *_leaves(model)]), default=0),
     )
+
+
+def _before_training(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules with parameters that come before the first one that trains something, or contains what does."""
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                return
+            yield module
+
+
+def _leaves(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__ in LEAVES]
+
+
+def _holders(managed: list[PrincipalWeight]) -> list[nn.Module]:
+    """Return the modules that have several managed weights themselves."""
+    count = Counter(weight.module for weight in managed)
+    return [module for module, weights in count.items() if weights > 1]
+
+
+def _managed_in(module: nn.Module) -> int:
+    return sum(weight.elements() for _, weight in principal_weights(module))
 
 
 def _idle(weight: PrincipalWeight, experts_of_a_token: int | None) -> int:

@@ -164,6 +164,8 @@ def setting_for(
         checkpointing=choice.checkpointing,
         uses=uses,
         layers=facts.layers,
+        stacks=tuple(count > 1 for count in facts.matrices.values()),
+        leaves=tuple(name in facts.leaves for name in facts.shapes),
     )
 
 
@@ -189,6 +191,7 @@ def activations_for(facts: ModelFacts, choice: Choice) -> Activations:
         checkpointing=choice.checkpointing,
         accumulation=choice.accumulation,
         adapters=adapters,
+        experts=facts.experts,
     )
 
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress, zip_longest
 
 from lift_ds.index.encoding import word_count
 from lift_ds.model.layers import GRADIENT_TILE
@@ -39,6 +40,8 @@ class Uses:
         tied: of the head where it is an embedding too, and so is used twice; `ends` has them twice.
         idle: of the managed matrices of experts, those that a token does not pass.
         stack: of the largest stack of experts, whose dense gradient is whole for a moment.
+        together: of the managed weights that ZeRO-3 fetches at once, where it fetches several: those of a module that
+            has two stacks, or of a leaf module. They arrive in a buffer as large as they are.
     """
 
     first_inputs: int = 0
@@ -48,6 +51,7 @@ class Uses:
     tied: int = 0
     idle: int = 0
     stack: int = 0
+    together: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Setting:
         checkpointing: whether a layer is computed again in its backward.
         uses: where the model uses its weights.
         layers: L.
+        stacks: for each weight whether it is a stack of matrices; none is where this is empty.
+        leaves: for each weight whether it is in a leaf module, with which ZeRO-3 fetches θ and the index too.
     """
 
     method: str
@@ -90,6 +96,8 @@ class Setting:
     checkpointing: bool = False
     uses: Uses = Uses()
     layers: int = 1
+    stacks: tuple[bool, ...] = ()
+    leaves: tuple[bool, ...] = ()
 
     @property
     def managed(self) -> int:
@@ -140,7 +148,12 @@ class Setting:
 
 
 def ring_share(kind: str, ranks: int) -> float:
-    """Return the bytes a rank receives in a collective by a ring algorithm, per logical byte (mean over the ranks)."""
+    """Return the bytes a rank receives in a collective by a ring algorithm, per logical byte (mean over the ranks).
+
+    What is sent from one rank to another is received once.
+    """
+    if kind == "send":
+        return 1.0
     passes = 2 if kind == "all_reduce" else 1
     return passes * (ranks - 1) / ranks
 
@@ -234,6 +247,7 @@ def network_step(setting: Setting) -> dict[str, float]:
         gradients                 2 d        2 d                   2 d           all_reduce; ZeRO-3 reduce_scatter
         updated values            -          2 d                   -             all_gather
         weights                   -          -                     2 + 2         all_gather, forward and backward
+        θ and index of a leaf     -          -                     2 d+2 d+index likewise; of other modules nothing
         adapters, LoRA            -          -                     2 d + 2 d     likewise; what is dense beside too
         index, sharded            -          index                 index         all_gather, once, in backward
         θ and index, write-back   -          -                     2 d + index
@@ -273,12 +287,20 @@ def network_step(setting: Setting) -> dict[str, float]:
         gathered += (1 + (1 + setting.checkpointing) * again) * LOW * n * setting.share(setting.trained)
     elif setting.method == "lift":
         gathered += n * (index_share(setting) + written_back(setting))
+        forwards = (1 + setting.checkpointing) * again
+        values, words = in_leaves(setting)
+        gathered += n * ((1 + forwards) * LOW * setting.share(values) + forwards * WORD * setting.share(words))
     return {"all_gather": float(gathered), "reduce_scatter": float(gradients)}
 
 
 def written_back(setting: Setting) -> int:
     """Bytes of θ and index on a rank, which ZeRO-3 gathers for LIFT's write-back."""
     return LOW * setting.share(setting.trained) + index_share(setting)
+
+
+def in_leaves(setting: Setting) -> tuple[list[int], list[int]]:
+    """Return the elements of each θ and the words of each index that ZeRO-3 fetches with a leaf module."""
+    return [*compress(setting.trained, setting.leaves)], [*compress(setting.index_words, setting.leaves)]
 
 
 def _weights_fetched(setting: Setting) -> float:
@@ -299,6 +321,7 @@ def network_refresh(setting: Setting) -> dict[str, float]:
 
         per managed parameter     ZeRO-1/2                ZeRO-3
         weights to their owner    -                       2             gather
+        of stacks                 -                       2 (N-1)/N/N   send, by a rank, of what is not at its owner
         new index                 the index               the index     broadcast by the owner
         new weights there         -                       2 d           broadcast by the owner
         old index                 -                       the index     all_gather
@@ -321,5 +344,11 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         return {"broadcast": float(index)}
     found = {"broadcast": float(index + LOW * entries), "all_gather": float(setting.ranks * index_share(setting))}
     if setting.ranks > 1:
-        found["gather"] = float(LOW * setting.ranks * setting.share(map(math.prod, setting.shapes)))
+        sizes = [*map(math.prod, setting.shapes)]
+        stacked = sum(compress(sizes, setting.stacks))
+        alone = [size for size, stack in zip_longest(sizes, setting.stacks) if not stack]
+        if alone:
+            found["gather"] = float(LOW * setting.ranks * setting.share(alone))
+        if stacked:
+            found["send"] = LOW * stacked * (setting.ranks - 1) / setting.ranks**2
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, WORD, Setting, persistent, whole_index
+from lift_ds.planner.formulas import GRADIENTS, HIGH, LOW, WORD, Setting, in_leaves, persistent, whole_index
 from lift_ds.refresh.store import write_back_batches
 
 #: Elements that ZeRO-3 updates at a time, by DeepSpeed's default.
@@ -37,6 +37,7 @@ class Activations:
         checkpointing: whether a layer's activations are computed again in its backward.
         accumulation: micro-batches of a step.
         adapters: entries that LoRA's adapters yield in between, per token and layer.
+        experts: that a token passes in a layer; 0 of a dense model.
     """
 
     tokens: int
@@ -49,6 +50,7 @@ class Activations:
     checkpointing: bool
     accumulation: int = 1
     adapters: int = 0
+    experts: int = 0
 
 
 def saved_by_layer(work: Activations) -> int:
@@ -57,11 +59,13 @@ def saved_by_layer(work: Activations) -> int:
     2 norms           input in fp32, 1/rms, what goes into the products        2 (4 h + 4 + 2 h)
     attention         q, its result; k, v; log-sum-exp of each head            2 h + 2 h + 2 c + 2 c + 4 a
     feed-forward      gate, silu(gate), up, their product                      4 * 2 i
+    experts           the rows of their tokens, and what they make of them     2 h + 2 h, for each one of a token
     LoRA              what the first adapter of each pair yields               2 bytes each
     """
     norms = 2 * (4 * work.hidden + 4 + 2 * work.hidden)
     attention = 4 * work.hidden + 4 * work.key_value + 4 * work.heads
-    return work.tokens * (norms + attention + 8 * work.intermediate + LOW * work.adapters)
+    feed_forward = 8 * work.intermediate + 4 * work.experts * work.hidden
+    return work.tokens * (norms + attention + feed_forward + LOW * work.adapters)
 
 
 def saved_by_model(work: Activations) -> int:
@@ -77,7 +81,8 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
                                 LoRA 8 i + 4 h
         backward, last layer    saved by the model; with checkpointing that layer's once more; 2 (2 h + i) a token in
                                 flight; one dW or its tile; two reduce buckets, in ZeRO-3 at most one; there also
-                                the weights it keeps or fetches: a matrix, with checkpointing a layer
+                                the weights it keeps or fetches: a matrix, with checkpointing a layer; and where it
+                                fetches several at once their buffer, before there is a dW
         backward, first layer   what one layer saves, and the same; all gradients; the whole index in ZeRO-1/2
         step                    K/N gradients: as they are, joined (ZeRO-1, 2) and in fp32, 2 + 2 + 4; the whole index;
                                 or in ZeRO-3 what LIFT writes back at a time, θ and the index of some matrices
@@ -98,7 +103,8 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     others = partitioned and setting.ranks > 1  # a single rank has all weights anyway
     kept_weights = LOW * setting.kept * others
     fetched = setting.managed / work.layers if work.checkpointing else max(m * n for m, n in setting.shapes)
-    gathered = max(kept_weights, LOW * fetched * others)
+    together = _fetched_together(setting) * others
+    gathered = max(kept_weights, LOW * fetched * others, together)
     in_flight = LOW * work.tokens * (2 * work.hidden + work.intermediate)
     layer = saved_by_layer(work)
     kept = gradients if work.accumulation > 1 else 0.0
@@ -106,7 +112,7 @@ def moments(setting: Setting, work: Activations) -> dict[str, float]:
     buckets = 2 * LOW * setting.bucket * (setting.stage > 0)
     if partitioned:  # which holds one all the time; beside it gradients wait to be reduced
         buckets = LOW * min(setting.bucket, setting.total_trained)
-    at_layer = in_flight + _weight_gradient(setting) + buckets + gathered
+    at_layer = in_flight + max(_weight_gradient(setting), together) + buckets + gathered
     head = work.tokens * max(3 * HIGH * work.vocabulary, 5 * HIGH * work.hidden)
     forward = work.tokens * ((6 + LOW * bool(work.adapters)) * work.intermediate + 4 * work.hidden)
     return {
@@ -129,6 +135,12 @@ def _gathered_index(setting: Setting) -> float:
     if setting.stage == 0 or setting.ranks == 1 or setting.placement == "replicated":
         return 0.0
     return float(whole_index(setting))
+
+
+def _fetched_together(setting: Setting) -> float:
+    """Bytes of the weights that ZeRO-3 fetches at once, with θ and the index where they are in a leaf module."""
+    values, words = in_leaves(setting)
+    return LOW * setting.uses.together + (LOW * sum(values) + WORD * sum(words)) / setting.layers
 
 
 def _weight_gradient(setting: Setting) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lift_ds
 from lift_ds.model.attachment import require_attachment
-from lift_ds.model.weights import PrincipalWeight
+from lift_ds.model.weights import PrincipalWeight, is_principal
 from lift_ds.zero.partitioned import gathered
 
 
@@ -76,7 +76,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters that a plain model has, whole."""
     found = {}
     for name, parameter in model.named_parameters():
-        if ".principal." not in name:
+        if not is_principal(name):
             with gathered([parameter]):
                 found[name] = parameter.detach().clone()
     return found
@@ -95,6 +95,13 @@ def whole_indices(model: nn.Module) -> dict[str, Tensor]:
         with whole_index(model, layer):
             found[name] = layer.principal_index.long()
     return found
+
+
+def from_first_rank(value: Any) -> Any:
+    """Return on every rank what the first one has."""
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def start() -> None:

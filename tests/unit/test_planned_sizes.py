@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.utils import groups
+from deepspeed.utils import get_z3_leaf_modules, groups
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lift_ds
@@ -56,6 +56,18 @@ CASES: dict[str, tuple[LiftConfig, dict[str, Any]]] = {
         {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3},
     ),
 }
+#: Mixtures of experts: the blocks of the first are leaf modules of ZeRO-3, those of the second are not.
+MIXTURES = {"mixtral": "MixtralForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+CASES |= {
+    kind: (
+        ODD,
+        {
+            "model_type": kind, "architectures": [kind_of_model], "num_local_experts": 4, "num_experts_per_tok": 2,
+            "head_dim": 8,
+        },
+    )
+    for kind, kind_of_model in MIXTURES.items()
+}  # fmt: skip
 #: Stage of ZeRO, number of ranks, and the one of them that is looked at.
 RANKS = ((1, 2, 1), (2, 5, 4), (3, 2, 0), (3, 3, 2))
 
@@ -122,7 +134,8 @@ def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
         "hidden_size": 32, "intermediate_size": 76, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0, "architectures": ["LlamaForCausalLM"],
     }  # fmt: skip
-    settings = transformers.LlamaConfig(**{**sizes, **changes})
+    chosen = sizes | changes
+    settings = transformers.AutoConfig.for_model(chosen.pop("model_type", "llama"), **chosen)
     model = getattr(transformers, settings.architectures[0])(settings).to(torch.bfloat16)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6}
     ds_config = {
@@ -130,7 +143,7 @@ def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
         "lift": config.to_dict(),
     }  # fmt: skip
     engine = lift_ds.initialize(model=model, config=ds_config, resume=True)[0]  # sizes are all that is asked for
-    facts = facts_of("small", settings, build_on_meta(settings, config))
+    facts = facts_of(settings.model_type, settings, build_on_meta(settings, config))
     setting = setting_for(facts, config, Choice("lift", stage), ranks, device_type="cpu")
     return Planned(engine, config, facts, dataclasses.replace(setting, live=0))
 
@@ -161,6 +174,12 @@ def test_what_a_step_sends(planned: Planned) -> None:
         return
     # In backward and for the write-back, which takes θ too; what is dense beside in forward and in backward.
     own = 2 * planned.index_bytes() + own_bytes(values) + 2 * own_bytes(planned.dense())
+    # A leaf module is fetched with all that is in it: θ twice, the index once more than backward needs it.
+    leaves = get_z3_leaf_modules(planned.engine.module)
+    inside = [layer for leaf in leaves for _, layer in principal_weights(leaf)]
+    assert bool(inside) == (planned.facts.name == "mixtral")
+    own += 2 * own_bytes(layer.principal_values for layer in inside)
+    own += own_bytes(layer.principal.index.words for layer in inside)
     # Backward needs every weight but the embeddings.
     weights = 2 * elements([*(layer.weight for layer in planned.layers), *planned.frozen()])
     weights -= elements([planned.engine.module.get_input_embeddings().weight])
@@ -175,18 +194,23 @@ def test_what_a_refresh_sends(planned: Planned) -> None:
         expected = {"broadcast": words}
     else:
         expected = {
-            "gather": ranks * own_bytes(layer.weight for layer in layers),
+            "gather": ranks * own_bytes(layer.weight for layer in layers if layer.matrices == 1),
             "broadcast": words + 2 * entries,
             "all_gather": ranks * planned.index_bytes(),
         }
+        stacks = 2 * elements(layer.weight for layer in layers if layer.matrices > 1)
+        if stacks:  # what the owner of a matrix does not hold, of all ranks together, on one of them
+            expected["send"] = stacks * (ranks - 1) / ranks / ranks
     assert network_refresh(planned.setting) == expected
 
 
 def test_a_refresh_is_that_of_the_driver(planned: Planned) -> None:
     setting, driver = planned.setting, planned.engine.optimizer.driver
     found = refresh_work(planned.facts, planned.config, setting.ranks, setting.stage)
-    plan, layers, collected = driver.plan, driver.attachment.weights, setting.stage == 3
-    sizes = {name: MatrixSize.of(layer.shape(), 2) for name, layer in layers.items()}
+    plan, collected = driver.plan, setting.stage == 3
+    weights = {name: matrix.weight for name, matrix in driver.attachment.matrices.items()}
+    sizes = {name: MatrixSize.of(weight.shape(), 2) for name, weight in weights.items()}
+    entries = {name: weight.layout.of_one.entries for name, weight in weights.items()}
 
     def cost(name: str) -> int:
         size = sizes[name]
@@ -194,10 +218,10 @@ def test_a_refresh_is_that_of_the_driver(planned: Planned) -> None:
 
     def memory(own: list[str], part: list[str]) -> int:
         # An index, and in ZeRO-3 the weights there, wait from its selection until the last one of the part.
-        held = sum(4 * layers[name].principal.index.word_count() for name in own)
-        held += sum(2 * layers[name].entries() for name in own) if collected else 0
+        held = sum(4 * weights[name].layout.of_one.word_count() for name in own)
+        held += sum(2 * entries[name] for name in own) if collected else 0
         work = [selection_memory(sizes[name], plan.settings[name]) + collected * sizes[name].bytes for name in own]
-        return held + max([*work, *(carry_memory(layers[name].entries()) for name in part)])
+        return held + max([*work, *(carry_memory(entries[name]) for name in part)])
 
     assert found.matrices == [len(plan.jobs_of(rank)) for rank in range(setting.ranks)]
     assert found.parts == [[sum(map(cost, own)) for own in jobs] for jobs in plan.parts.values()]

@@ -11,10 +11,12 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.zero.leaf_module_config import DEFAULT_LEAF_MODULE_CLASSES
 
 from lift_ds import LiftConfig, cli
 from lift_ds.config import USUAL_DENSITY
 from lift_ds.planner import ds_file, estimate, peak
+from lift_ds.planner.architecture import LEAVES
 from lift_ds.planner.estimate import Choice, Cluster
 from lift_ds.planner.formulas import persistent
 from lift_ds.planner.hardware import DEVICES, device_for
@@ -65,6 +67,11 @@ def test_a_named_size_has_the_parameters_of_its_model(size: str) -> None:
 def test_a_token_passes_some_of_the_experts(size: str) -> None:
     found = read_facts(size, CONFIG)
     assert (found.parameters - found.uses.idle) / 1e9 == pytest.approx(MIXTURES[size], abs=0.06)
+
+
+def test_the_planner_knows_the_leaf_modules_of_deepspeed() -> None:
+    """It imports no DeepSpeed; a version with others would send other bytes."""
+    assert {name.rsplit(".", 1)[1] for name in DEFAULT_LEAF_MODULE_CLASSES} == set(LEAVES)
 
 
 @pytest.mark.parametrize("memory", [80, 141])

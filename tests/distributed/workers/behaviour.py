@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,17 @@ SETTINGS = lift_ds.LiftConfig(
 
 
 def start(
-    stage: int, *, model: nn.Module | None = None, bf16: bool = False, criterion: str = "principal", **blocks: Any
+    stage: int,
+    *,
+    kind: str = "llama",
+    model: nn.Module | None = None,
+    bf16: bool = False,
+    settings: lift_ds.LiftConfig = SETTINGS,
+    **blocks: Any,
 ) -> tuple[Any, nn.Module]:
-    """An engine over a fresh small Llama."""
+    """An engine over a fresh small model."""
     if model is None:
-        model = cases.build("llama", torch.bfloat16 if bf16 else torch.float32)
-    settings = SETTINGS if criterion == "principal" else replace(SETTINGS, criterion=criterion, solver="gram")
+        model = cases.build(kind, torch.bfloat16 if bf16 else torch.float32)
     return engines.lift_engine(model, engines.ds_config(stage, bf16=bf16, **blocks), settings), model
 
 
@@ -66,14 +72,14 @@ def changes(stage: int, **options: Any) -> dict[str, Any]:
         engines.train(engine, "llama", range(step, step + 1))
         after = engines.whole_weights(model)
         for name, layer in require_attachment(model).weights.items():
-            differs = (before[f"{name}.weight"] != after[f"{name}.weight"]).flatten()
+            differs = (before[layer.full_name] != after[layer.full_name]).flatten()
             trained += int(differs.sum())
             differs[index[name]] = False
             outside += int(differs.sum())
             with gathered([layer.principal_values]), engines.whole_index(model, layer):
-                written = after[f"{name}.weight"].flatten()[layer.principal_index.long()]
+                written = after[layer.full_name].flatten()[layer.principal_index.long()]
                 unwritten += int((written != layer.principal_values).sum())
-        managed = {f"{name}.weight" for name in index}
+        managed = {layer.full_name for layer in require_attachment(model).weights.values()}
         frozen += sum(
             not torch.equal(before[name], after[name])
             for name in before
@@ -278,7 +284,8 @@ def resume(stage: int, cut: int, folder: str, *, in_place: bool = False, **optio
     expected = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
     engine.destroy()
 
-    path = f"{folder}/stage{stage}-{cut}-{'-'.join(options)}"
+    path = tempfile.mkdtemp(dir=folder) if dist.get_rank() == 0 else ""
+    path = engines.from_first_rank(path)
     engine, model = start(stage, **options)
     losses = engines.train(engine, "llama", range(cut))
     engine.save_checkpoint(path)

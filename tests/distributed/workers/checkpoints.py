@@ -37,10 +37,10 @@ SETTINGS = lift_ds.LiftConfig(
 STEPS = 8
 
 
-def start(stage: int, **blocks: Any) -> Any:
-    """An engine over a fresh small Llama, with a schedule."""
+def start(stage: int, kind: str = "llama", **blocks: Any) -> Any:
+    """An engine over a fresh small model, with a schedule."""
     schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 5}}
-    return engines.lift_engine(cases.build("llama"), engines.ds_config(stage, scheduler=schedule, **blocks), SETTINGS)
+    return engines.lift_engine(cases.build(kind), engines.ds_config(stage, scheduler=schedule, **blocks), SETTINGS)
 
 
 def state_of(engine: Any) -> dict[str, Any]:
@@ -62,9 +62,11 @@ def to_universal(folder: Path, tag: str) -> None:
     dist.barrier()
 
 
-def piece(stage: int, steps: range, folder: Path, *, resume: str | None, save: str | None) -> dict[str, Any]:
+def piece(
+    stage: int, steps: range, folder: Path, *, resume: str | None, save: str | None, kind: str = "llama"
+) -> dict[str, Any]:
     """Some steps of a run, between a universal checkpoint and the next."""
-    engine = start(stage)
+    engine = start(stage, kind)
     if resume:
         engine.load_checkpoint(folder, resume)
     losses = engines.train(engine, "llama", steps)

@@ -5,6 +5,7 @@ other criteria, cut before a refresh.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import engines
-from behaviour import resume
+from behaviour import SETTINGS, resume
 
 if __name__ == "__main__":
     engines.start()
@@ -26,5 +27,6 @@ if __name__ == "__main__":
         for stage in (2, 3):
             results[f"offload stage {stage} after {cut}"] = resume(stage, cut, folder, offload=True)
     for criterion, stage in (("random", 2), ("smallest", 3), ("gradient", 2), ("gradient", 3)):
-        results[f"{criterion} stage {stage} after 2"] = resume(stage, 2, f"{folder}/{criterion}", criterion=criterion)
+        settings = replace(SETTINGS, criterion=criterion, solver="gram")
+        results[f"{criterion} stage {stage} after 2"] = resume(stage, 2, folder, settings=settings)
     engines.finish(folder, results)
