@@ -5,12 +5,13 @@ tuning runs choose, and a longer grid from a best rate at its edge.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.measure.tables import OK, Row
-from benchmarks.methods.studies import Method, Study, Task
+from benchmarks.methods.studies import EXACT_MATCH, Method, Study, Task
 
 #: Phases: runs that choose a learning rate, on the validation rows; runs that are compared, on the test rows.
 TUNE, COUNT = "tune", "count"
@@ -64,16 +65,16 @@ class Choice:
     edge: str
 
 
-def quality(row: Row) -> tuple[float, float]:
-    """Return what a run is chosen by, the greater the better: its exact matches, then its loss."""
+def quality(task: Task, row: Row) -> tuple[float, float]:
+    """Return what a run is chosen by, the greater the better: exact matches, then the loss; or the loss alone."""
     loss = math.inf if row["target_loss"] is None or math.isnan(row["target_loss"]) else row["target_loss"]
-    return row["exact_match"] or 0.0, -loss
+    return (row["exact_match"] or 0.0) if task.decides == EXACT_MATCH else 0.0, -loss
 
 
 def choose(study: Study, task: Task, method: Method, rows: Sequence[Row]) -> Choice | None:
     """Return the choice of a method on a task; None while runs are missing that could change it, or all failed."""
     rates = rates_of(study, task, method, rows)
-    best = _best(rates, _tuned(study, task, method, rows))
+    best = _best(task, rates, _tuned(study, task, method, rows))
     if best is None:
         return None
     if len(rates) == 1:
@@ -85,7 +86,7 @@ def rates_of(study: Study, task: Task, method: Method, rows: Sequence[Row]) -> l
     """Return the learning rates to try: those of the method, and beyond them as far as the rows so far ask for."""
     rates, found = list(method.learning_rates), _tuned(study, task, method, rows)
     for _ in range(study.extensions):
-        best = _best(rates, found)
+        best = _best(task, rates, found)
         if best == rates[-1]:
             rates.append(_neighbour(best, 1))
         elif best == rates[0]:
@@ -93,12 +94,12 @@ def rates_of(study: Study, task: Task, method: Method, rows: Sequence[Row]) -> l
     return rates
 
 
-def _best(rates: Sequence[float], found: Mapping[float, Row]) -> float | None:
+def _best(task: Task, rates: Sequence[float], found: Mapping[float, Row]) -> float | None:
     """The rate of the best run; None while a rate has no row, or where all runs failed."""
     ended = [found[rate] for rate in rates if rate in found and found[rate]["status"] == OK]
     if not ended or not found.keys() >= set(rates):
         return None
-    rate: float = max(ended, key=quality)["learning_rate"]
+    rate: float = max(ended, key=functools.partial(quality, task))["learning_rate"]
     return rate
 
 

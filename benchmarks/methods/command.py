@@ -160,7 +160,8 @@ def said(row: Row) -> str:
     """Return a run's result in a line."""
     if row["status"] != OK:
         return f"failed: {row['error']}"
-    return f"exact match {row['exact_match']:.3f}, loss {row['target_loss']:.3f}, general {row['general_loss']:.3f}"
+    asked = "" if row["exact_match"] is None else f"exact match {row['exact_match']:.3f}, "
+    return f"{asked}loss {row['target_loss']:.3f}, general {row['general_loss']:.3f}"
 
 
 def check_commands(runs: Runs, rows: Sequence[Row]) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 from benchmarks.measure.plots import save_svg
 from benchmarks.measure.tables import OK, Row
 from benchmarks.methods.cells import COUNT, TUNE
-from benchmarks.methods.studies import Study, Task
+from benchmarks.methods.studies import EXACT_MATCH, TARGET_LOSS, Study, Task
 from benchmarks.methods.summary import base_row, results
 
 #: What is forgotten, in the main picture.
 _FORGOTTEN = ("general_loss_rise", "rise of the loss on general text")
+
+#: What is learned there, by what decides: column, name, factor.
+_LEARNED = {EXACT_MATCH: (EXACT_MATCH, "exact match, %", 100), TARGET_LOSS: (TARGET_LOSS, "loss on the target", 1)}
 
 
 def draw_all(folder: Path, study: Study, rows: Sequence[Row]) -> list[str]:
@@ -61,27 +64,30 @@ def _colors(study: Study) -> dict[str, Any]:
 def _tradeoff(study: Study, task: Task, rows: Sequence[Row]) -> Any:
     """Left: every learning rate on the validation rows, a line a method. Right: the chosen ones on the test rows."""
     column, title = _FORGOTTEN
+    gained, label, factor = _LEARNED[task.decides]
     figure, colors, tuned = _figure(), _colors(study), _tuned(study, task, rows)
     left, right = figure.subplots(1, 2)
     for method in study.methods:
         line = [row for row in tuned if row["method"] == method.name and row[column] is not None]
-        forgotten, learned = [row[column] for row in line], [100 * row["exact_match"] for row in line]
+        forgotten, learned = [row[column] for row in line], [factor * row[gained] for row in line]
         left.plot(forgotten, learned, marker="o", markersize=4, color=colors[method.name], label=method.name)
         for row in line:
-            place = (row[column], 100 * row["exact_match"])
+            place = (row[column], factor * row[gained])
             left.annotate(f"{row['learning_rate']:g}", place, fontsize=6, xytext=(2, 2), textcoords="offset points")
     for one in (one for one in results(study, rows) if one.task == task):
-        forgotten_, learned_ = one.of(column), one.of("exact_match")
+        forgotten_, learned_ = one.of(column), one.of(gained)
         if forgotten_ is not None and learned_ is not None:
             right.errorbar(
-                forgotten_.mean, 100 * learned_.mean, xerr=forgotten_.half, yerr=100 * (learned_.half or 0.0),
+                forgotten_.mean, factor * learned_.mean, xerr=forgotten_.half, yerr=factor * (learned_.half or 0.0),
                 marker="o", capsize=2, linestyle="", color=colors[one.method.name],
             )  # fmt: skip
     for axes, phase in ((left, TUNE), (right, COUNT)):
         base = base_row(rows, task.name, phase)
         if base is not None:
-            axes.plot(0.0, 100 * base["exact_match"], marker="*", color="black", linestyle="")
-        axes.set(xlabel=title, ylabel="exact match, %")
+            axes.plot(0.0, factor * base[gained], marker="*", color="black", linestyle="")
+        axes.set(xlabel=title, ylabel=label)
+        if gained == TARGET_LOSS:
+            axes.invert_yaxis()  # what is learned points up
         axes.set_xscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)
     left.set_title("every learning rate, validation rows")
@@ -93,8 +99,9 @@ def _tradeoff(study: Study, task: Task, rows: Sequence[Row]) -> Any:
 
 def _learning_rates(study: Study, task: Task, rows: Sequence[Row]) -> Any:
     figure, colors, tuned = _figure(), _colors(study), _tuned(study, task, rows)
-    panels = figure.subplots(1, 3)
-    shown = (("exact_match", "exact match, share"), ("target_loss", "target loss"), _FORGOTTEN)
+    shown = [("exact_match", "exact match, share"), ("target_loss", "target loss"), _FORGOTTEN]
+    shown = shown[task.decides == TARGET_LOSS :]  # which generates no answers here
+    panels = figure.subplots(1, len(shown))
     for axes, (column, title) in zip(panels, shown, strict=True):
         for method in study.methods:
             line = [row for row in tuned if row["method"] == method.name and row[column] is not None]
@@ -103,6 +110,6 @@ def _learning_rates(study: Study, task: Task, rows: Sequence[Row]) -> Any:
             axes.plot(rates, values, marker="o", markersize=4, color=colors[method.name], label=label)
         axes.set(xlabel="learning rate", title=title, xscale="log")
         axes.grid(alpha=0.3)
-    panels[2].set_yscale("symlog", linthresh=0.01)
+    panels[-1].set_yscale("symlog", linthresh=0.01)
     figure.legend(loc="outside right upper", fontsize=8)
     return figure

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.measure.tables import FAILED, OK, Row, markdown_table
 from benchmarks.methods.cells import COUNT, TUNE, cell_of, cells_of, choose, left_to_do
-from benchmarks.methods.studies import Study, Task
+from benchmarks.methods.studies import EXACT_MATCH, TARGET_LOSS, Study, Task
 from benchmarks.methods.summary import (
     CONFIDENCE,
     MEASURES,
@@ -46,7 +46,7 @@ def write_report(path: Path, study: Study, rows: Sequence[Row], pictures: Sequen
     for task in study.tasks:
         parts += [f"## {task.name}", _about(study, task)]
         parts += _compared(task, [one for one in found if one.task == task], rows)
-        parts += ["### Learning rates", _TUNING, _tuning(study, task, rows)]
+        parts += ["### Learning rates", _TUNING[task.decides], _tuning(study, task, rows)]
     path.write_text("\n\n".join(parts) + "\n")
 
 
@@ -171,7 +171,10 @@ def _costs(found: Sequence[Result]) -> str:
     return markdown_table(head, table)
 
 
-_TUNING = "On the validation rows: exact match in %, and in brackets the loss. In bold: the rate that was chosen."
+_TUNING = {
+    EXACT_MATCH: "On the validation rows: exact match in %, and in brackets the loss. In bold: the chosen rate.",
+    TARGET_LOSS: "The loss on the outputs of the validation rows. In bold: the chosen rate.",
+}
 
 
 def _tuning(study: Study, task: Task, rows: Sequence[Row]) -> str:
@@ -184,13 +187,15 @@ def _tuning(study: Study, task: Task, rows: Sequence[Row]) -> str:
         cells = []
         for rate in rates:
             row = by_cell.get((method.name, rate))
-            text = "" if row is None else _tried(row)
+            text = "" if row is None else _tried(task, row)
             cells.append(f"**{text}**" if choice is not None and choice.rate == rate else text)
         table.append([method.name, *cells])
     return markdown_table(["method", *(f"{rate:g}" for rate in rates)], table)
 
 
-def _tried(row: Row) -> str:
+def _tried(task: Task, row: Row) -> str:
     if row["status"] != OK:
         return "failed"
+    if task.decides == TARGET_LOSS:
+        return f"{row['target_loss']:.3f}"
     return f"{100 * row['exact_match']:.1f} ({row['target_loss']:.3f})"

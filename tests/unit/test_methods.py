@@ -17,10 +17,13 @@ import pytest
 from benchmarks.measure.tables import FAILED, OK, Row, write_rows
 from benchmarks.methods import command, skill, texts
 from benchmarks.methods.cells import BASE, COUNT, TUNE, Cell, Choice, cells_of, choose, left_to_do, rates_of
+from benchmarks.methods.plots import draw_all
 from benchmarks.methods.report import write_report
-from benchmarks.methods.studies import STUDIES, Method, Study, Task
+from benchmarks.methods.runs import Runs
+from benchmarks.methods.studies import STUDIES, TARGET_LOSS, Method, Study, Task
 from benchmarks.methods.summary import difference, estimate, results, unequal_starts, with_rises
 from benchmarks.methods.table import COLUMNS, COMMONSENSE, read_rows, row_of, with_row
+from benchmarks.methods.texts import Material
 
 TASK = Task(
     "sums", source="addition", test_file=None, train_rows=30, validation_rows=10, test_rows=20, longest=1000, steps=2,
@@ -84,6 +87,24 @@ def test_the_best_share_is_chosen_and_the_loss_decides_between_equal_ones() -> N
     assert choose(STUDY, TASK, LIFT, one_failed) == Choice(1e-4, "lowest")
     assert choose(STUDY, TASK, LIFT, [row | {"status": FAILED} for row in equal]) is None
     assert choose(STUDY, TASK, replace(LIFT, learning_rates=(1e-3,)), equal) == Choice(1e-3, "only")
+
+
+def test_where_the_loss_decides_nobody_asks_for_answers_to_choose_by(tmp_path: Path) -> None:
+    by_loss = replace(TASK, decides=TARGET_LOSS)
+    study = replace(STUDY, tasks=(by_loss,))
+    losses = {1e-4: 0.9, 3e-4: 0.7, 1e-3: 0.8}
+    rows = [ran(TUNE, "lift", rate, 0, exact_match=None, target_loss=loss) for rate, loss in losses.items()]
+    rows[0] |= {"exact_match": 1.0}
+    assert choose(study, by_loss, LIFT, rows) == Choice(3e-4, "")
+    runs = Runs(study, tmp_path, tmp_path, tmp_path, Material(tmp_path))
+    for cell in (Cell("test", TUNE, "sums", BASE), Cell("test", TUNE, "sums", "lift", 1e-3, 0)):
+        assert "--rows" not in runs.evaluate_arguments(cell)[0]
+        assert "--rows" in replace(runs, study=STUDY).evaluate_arguments(cell)[0]
+    assert "--rows" in runs.evaluate_arguments(Cell("test", COUNT, "sums", "lift", 1e-3, 1))[0]
+    rows[0] |= {"exact_match": None}
+    rows = with_rises([*rows, ran(TUNE, BASE, None, None, exact_match=None)])
+    write_report(tmp_path / "report.md", study, rows, draw_all(tmp_path, study, rows))
+    assert "| lift | 0.900 | **0.700** | 0.800 |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
