@@ -12,6 +12,7 @@
 #   HOSTFILE       hostfile.sh, openmpi.sh: lines such as `node1 slots=8`                         (hostfile)
 #   PORT           where the ranks meet    (a free one; torchrun.sh on several nodes: 29500; openmpi.sh always finds its own)
 #   MEETING        seconds within which all ranks have to come                                    (300)
+#   DOCTOR         0 starts without a look at the nodes by lift-ds doctor --quick    (1)
 #   VENV           Python environment, on storage that all nodes see; PATH's Python where there is none    (.venv)
 #
 # A run continues from the last whole checkpoint in OUTPUT, where there is one. $OUTPUT/launch/ has a log per attempt and
@@ -33,6 +34,12 @@ print(s.getsockname()[1])'
 
 choose_port() {
   python -c "$probe" "${PORT:-0}" 2> /dev/null || fail "port ${PORT:-0} is in use on this node; name another by PORT, or none for a free one"
+}
+
+# A free port of another host, or the wanted one; likewise.
+choose_port_of() {
+  ssh -o BatchMode=yes "$1" "$(command -v python)" - "$2" <<< "$probe" 2> /dev/null ||
+    fail "port $2 is in use on $1; name another by PORT, or none for a free one"
 }
 
 # Names of the variables that ranks on other nodes need; no passwords, since they are written to OUTPUT.
@@ -58,6 +65,34 @@ ask_host() {
       echo "[ -e '$needed' ] || { echo 'does not see $needed'; exit 1; }"
     done | timeout 20 ssh -o BatchMode=yes -o ConnectTimeout=5 "$1" bash 2>&1
   ) || tr -d '\r' <<< "$1: ${answer:-does not answer ssh}" | head -n 1
+}
+
+# Runs a command that examines all nodes; ends where that finds an error, by which the training would fail too.
+check_nodes() {
+  local code=0
+  [ "$DOCTOR" != 0 ] || return 0
+  "$@" 2>&1 | tee -a "$log" >&2 || code=${PIPESTATUS[0]}
+  [ "$code" -lt 2 ] || exit "$code"
+}
+
+# The doctor on every host of HOSTFILE, one process each; the first one speaks. They meet at a port of it, or any for 0.
+doctor_by_ssh() {
+  local first count port address exports name host rank=0 code=0
+  first=$(head -n 1 <<< "$hosts")
+  count=$(wc -l <<< "$hosts")
+  port=$(choose_port_of "$first" "$1") || return
+  address=$(ssh -o BatchMode=yes "$first" hostname -I | awk '{print $1}') # as deepspeed finds it
+  exports=$(for name in $(passed_on); do printf 'export %s=%q\n' "$name" "${!name}"; done)
+  doctor+=(--hosts "$(paste -sd , <<< "$hosts")")
+  for host in $hosts; do
+    ssh -o BatchMode=yes "$host" bash -s <<< "$exports
+      cd '$repository'
+      export RANK=$rank WORLD_SIZE=$count LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=$address MASTER_PORT=$port
+      exec ${doctor[*]@Q}" &
+    rank=$((rank + 1))
+  done
+  for name in $(jobs -p); do wait "$name" || code=$?; done
+  return "$code"
 }
 
 # A SLURM step whose job is started again as long as its attempts get further: one that ends before a checkpoint of its
@@ -126,6 +161,7 @@ OUTPUT=$(realpath -m "${OUTPUT:-lift_output}")
 mkdir -p "$OUTPUT/launch" || fail "OUTPUT=$OUTPUT cannot be written to"
 
 HOSTFILE=${HOSTFILE:-hostfile}
+DOCTOR=${DOCTOR:-1}
 export DS_CONFIG OUTPUT MODEL=${MODEL:-} # for the scripts that a script starts
 export LIFT_DS_MEETING_SECONDS=${MEETING:-300}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
@@ -138,6 +174,7 @@ ranks_here() {
   echo "$count"
 }
 
+doctor=(env TORCH_CPP_LOG_LEVEL=ERROR python -m lift_ds.doctor --quick --output-dir "$OUTPUT")
 training=(launch/train.py --deepspeed "$DS_CONFIG" --output_dir "$OUTPUT" --resume_from_checkpoint auto)
 [ -z "${MODEL:-}" ] || training+=(--model_name_or_path "$MODEL")
 [ -z "${DATA:-}" ] || training+=(--train_file "$DATA")

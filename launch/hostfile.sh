@@ -9,9 +9,8 @@ for argument in "$@"; do # pdsh gives them to a shell on the other side
 done
 check_hosts
 first=$(head -n 1 <<< "$hosts")
-wanted=${PORT:-0}
-PORT=$(ssh -o BatchMode=yes "$first" "$(command -v python)" - "$wanted" <<< "$probe" 2> /dev/null) ||
-  fail "port $wanted is in use on $first; name another by PORT, or none for a free one"
+PORT=$(choose_port_of "$first" "${PORT:-0}")
+check_nodes doctor_by_ssh "$PORT"
 
 # DeepSpeed exports what this file has to the other nodes.
 export DS_ENV_FILE=$OUTPUT/launch/deepspeed_env

@@ -5,4 +5,5 @@ source "$(dirname "$0")/environment.sh"
 
 ranks=$(ranks_here)
 PORT=$(choose_port)
+check_nodes "${doctor[@]}"
 train_by_deepspeed --num_gpus "$ranks" --master_port "$PORT" "${training[@]}" "$@"

@@ -13,7 +13,10 @@ else
   PORT=${PORT:-29500}
   address=$(getent ahostsv4 "$HEAD" | awk 'NR == 1 {print $1}') || fail "HEAD=$HEAD is not a known host"
   if ip -4 -o addr show | grep -qwF "$address"; then PORT=$(choose_port); fi
+  doctor+=(--meet "$HEAD:$PORT" --nodes "$NODES")
 fi
+
+check_nodes "${doctor[@]}"
 
 exec torchrun --nnodes "$NODES" --nproc-per-node "$ranks" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "${SLURM_JOB_ID:-lift_ds}" \

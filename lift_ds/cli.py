@@ -1,6 +1,7 @@
 """The command `lift-ds`.
 
     lift-ds plan --model 7B --nodes 1 --gpus-per-node 8 --gpu-memory 80
+    lift-ds doctor --output-dir /shared/run
     lift-ds train --model_name_or_path MODEL --train_file rows.json --output_dir tuned
     lift-ds evaluate tuned --tasks lift_gsm8k,arc_easy
     lift-ds export MODEL tuned --output delta.safetensors
@@ -18,6 +19,7 @@ import sys
 #: Command -> (module and function that takes what follows it, what it is for).
 _COMMANDS = {
     "plan": ("lift_ds.planner.command:main", "memory, network and time of a run, from the model's configuration alone"),
+    "doctor": ("lift_ds.doctor.command:main", "what is wrong with the nodes of a job, before a model loads"),
     "evaluate": ("lift_ds.evaluation.command:main", "tasks, loss and KL divergence of a trained model"),
     "train": ("lift_ds.training.command:main", "fine-tune a causal language model with LIFT, in full, or with LoRA"),
     "export": ("lift_ds.delta.command:export", "write what training changed in a model as a file"),

@@ -67,7 +67,7 @@ def _of_mpi() -> dict[str, str]:
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_machine = local.size == world.size
-    meeting = world.bcast((_own_address(one_machine), str(free_port())) if world.rank == 0 else None)
+    meeting = world.bcast((own_address(one_machine), str(free_port())) if world.rank == 0 else None)
     found = {
         **{"RANK": str(world.rank), "WORLD_SIZE": str(world.size)},
         **{"LOCAL_RANK": str(local.rank), "LOCAL_WORLD_SIZE": str(local.size)},
@@ -92,8 +92,15 @@ def _of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _own_address(one_machine: bool) -> str:
-    """An IPv4 address by which the other nodes reach this one: of the interface that was named, else of the first."""
+def own_address(one_machine: bool) -> str:
+    """Return an IPv4 address by which the other nodes reach this one: of the interface that was named, or the first.
+
+    Args:
+        one_machine: whether all ranks are on this machine.
+
+    Raises:
+        ValueError: no interface is up.
+    """
     if one_machine:
         return "127.0.0.1"
     addresses = {

@@ -11,8 +11,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import SchedulerType
 
 from lift_ds import LiftConfig
+from lift_ds.runtime.versions import package_versions
 from lift_ds.training.arguments import TrainArguments
-from lift_ds.training.record import package_versions
+from lift_ds.training.record import PACKAGES
 from lift_ds.training.settings import Settings
 
 _METHODS = {
@@ -49,7 +50,7 @@ class Trained:
         parts = [f"# {Path(folder).resolve().name}", self._sentence(), _table("Settings", self._settings())]
         if losses:
             parts.append(f"## Held-out loss\n\n```\n{losses}\n```")
-        parts.append(_table("Versions", package_versions() | {"python": platform.python_version()}))
+        parts.append(_table("Versions", package_versions(PACKAGES) | {"python": platform.python_version()}))
         body = "\n\n".join(parts)
         ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}\n").save(Path(folder) / "README.md")
 

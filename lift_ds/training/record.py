@@ -11,7 +11,6 @@ import platform
 import socket
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,14 @@ from lift_ds.model.partition import logical_shape
 from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import is_main_rank
 from lift_ds.runtime.ranks import from_all
+from lift_ds.runtime.versions import package_versions
 from lift_ds.training.arguments import adam_settings
 
 #: In the run's folder; each start replaces it.
 RECORD = Path("launch", "resolved.json")
 
-_PACKAGES = ("lift_ds", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets")
+#: Packages that the result of a run depends on.
+PACKAGES = ("lift_ds", "torch", "deepspeed", "transformers", "accelerate", "trl", "datasets")
 
 
 class RecordCallback(TrainerCallback):
@@ -67,7 +68,7 @@ class RecordCallback(TrainerCallback):
             "resumes_from": self._checkpoint,
             "lift": dataclasses.asdict(self._config) | adam_settings(args) if self._config else None,
             "deepspeed": args.hf_deepspeed_config.config if args.deepspeed else None,
-            "versions": {"python": platform.python_version(), **package_versions()},
+            "versions": {"python": platform.python_version(), **package_versions(PACKAGES)},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         }
 
@@ -84,17 +85,6 @@ def _what_training_took(state: TrainerState, model: nn.Module) -> dict[str, Any]
         "trained_entries": sum(logical_shape(p).numel() for p in model.parameters() if p.requires_grad),
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a run's result depends on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a folder, without an install
-            found[package] = "not installed"
-    return found
 
 
 def note_end(output_dir: str) -> None:

@@ -14,12 +14,15 @@ import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from transformers import TrainingArguments
 
 from lift_ds.runtime.ports import free_port
 from lift_ds.runtime.ranks import by_main, rank_and_count, together
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 #: Environment variable with the seconds within which all ranks have to meet, and the seconds without it.
 LIMIT, _DEFAULT_LIMIT = "LIFT_DS_MEETING_SECONDS", "300"
@@ -42,21 +45,9 @@ def meet() -> None:
     if count == 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = _limit()
+    limit = meeting_limit()
     deadline = time.monotonic() + limit
-    # torchrun's agent of the first node serves the store itself.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        _store = dist.TCPStore(
-            address, port, count, serves, timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True
-        )
-    except (RuntimeError, ValueError) as error:
-        if serves and _is_taken(port):
-            raise ValueError(
-                f"port {port} of {socket.gethostname()}, where the ranks are to meet, is in use by another process; "
-                "name another one: PORT=... for the scripts of launch/, --master_port for deepspeed"
-            ) from error
-        raise ValueError(f"{_me(rank)} does not reach rank 0 at {address}:{port} within {limit:g} s") from error
+    _store = open_store(address, port, count, serves_store(), limit)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keys = [f"lift_ds/came/{attempt}/{other}" for other in range(count)]
     try:
@@ -66,6 +57,38 @@ def meet() -> None:
         raise ValueError(
             f"{_absent(_store, keys)} not come to {address}:{port} within {limit:g} s ({LIMIT})"
         ) from error
+
+
+def serves_store() -> bool:
+    """Tell whether this rank is the one that opens the port where all meet."""
+    # torchrun's agent of the first node serves the store itself.
+    return os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def open_store(address: str, port: int, count: int, serves: bool, limit: float) -> dist.TCPStore:
+    """Open the store through which ranks exchange words before they have a process group.
+
+    Args:
+        address: where it is served.
+        port: the same.
+        count: how many processes come.
+        serves: whether this process serves it.
+        limit: seconds to wait for it, and for what is asked of it.
+
+    Raises:
+        ValueError: the port is taken, or nothing answers there within the limit.
+    """
+    try:
+        return dist.TCPStore(
+            address, port, count, serves, timedelta(seconds=limit), wait_for_workers=False, multi_tenant=True
+        )
+    except (RuntimeError, ValueError) as error:
+        if serves and _is_taken(port):
+            raise ValueError(
+                f"port {port} of {socket.gethostname()}, where the ranks are to meet, is in use by another process; "
+                "name another one: PORT=... for the scripts of launch/, --master_port for deepspeed"
+            ) from error
+        raise ValueError(f"{this_process()} does not reach rank 0 at {address}:{port} within {limit:g} s") from error
 
 
 def _absent(store: dist.Store, keys: list[str]) -> str:
@@ -86,11 +109,18 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-def _me(rank: int) -> str:
-    return f"rank {rank} on {socket.gethostname()}"
+def this_process() -> str:
+    """Return what to call this process in an error."""
+    rank = os.environ.get("RANK")
+    return f"{'a process' if rank is None else f'rank {rank}'} on {socket.gethostname()}"
 
 
-def _limit() -> float:
+def meeting_limit() -> float:
+    """Return the seconds within which all ranks have to meet.
+
+    Raises:
+        ValueError: the environment variable is no number above 0.
+    """
     text = os.environ.get(LIMIT, _DEFAULT_LIMIT)
     try:
         seconds = float(text)
@@ -115,9 +145,9 @@ def check_same_folder(output_dir: str) -> None:
         return
     folder = Path(output_dir)
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
-    mark = by_main(lambda: _leave_mark(folder))
+    mark = by_main(lambda: leave_mark(folder))
     try:
-        together(lambda: _find_mark(folder / mark, rank))
+        together(lambda: _find_mark(folder / mark))
     finally:
         if rank == 0:
             (folder / mark).unlink(missing_ok=True)
@@ -126,22 +156,34 @@ def check_same_folder(output_dir: str) -> None:
                     path.rmdir()
 
 
-def _leave_mark(folder: Path) -> str:
+def leave_mark(folder: Path) -> str:
+    """Write an empty file that the other nodes look for, in a folder that is made where it is missing.
+
+    Returns:
+        The file's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     name = f".seen-{uuid.uuid4().hex}"
     (folder / name).touch()
     return name
 
 
-def _find_mark(mark: Path, rank: int) -> None:
+def sees_mark(mark: Path) -> bool:
+    """Tell whether this process sees the file that another node has written; waits some seconds for it."""
     deadline = time.monotonic() + _APPEARS
     while not mark.exists():
         if time.monotonic() > deadline:
-            raise ValueError(
-                f"--output_dir {str(mark.parent)!r} is not the same folder on all nodes: {_me(rank)} does not see what "
-                "rank 0 wrote there; name one on storage that all nodes share"
-            )
+            return False
         time.sleep(0.2)
+    return True
+
+
+def _find_mark(mark: Path) -> None:
+    if not sees_mark(mark):
+        raise ValueError(
+            f"--output_dir {str(mark.parent)!r} is not the same folder on all nodes: {this_process()} does not see "
+            "what rank 0 wrote there; name one on storage that all nodes share"
+        )
 
 
 def limit_collectives(seconds: float) -> None:
