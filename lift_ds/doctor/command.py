@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from lift_ds.doctor import devices
 from lift_ds.planner.presets import PRESETS
+from lift_ds.runtime.numbers import amount, count
 from lift_ds.runtime.ports import free_port
 
 #: Seconds that the processes of one machine may take in all.
@@ -56,36 +57,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help=f"compare the memory with its plan: {', '.join(PRESETS)}, or a folder")
     parser.add_argument("--json", type=Path, help="write everything there")
     floors = parser.add_argument_group("least speeds, GB/s (10^9 bytes); of GPUs half of what lift-ds plan assumes")
-    floors.add_argument("--min-intra-node", type=_amount, help="of a link within a node", metavar="NUMBER")
-    floors.add_argument(
-        "--min-inter-node", type=_amount, help="of a pair of nodes, all their devices", metavar="NUMBER"
-    )
-    floors.add_argument("--min-write", type=_amount, default=0.05, help="of the folder (0.05)", metavar="NUMBER")
+    floors.add_argument("--min-intra-node", type=amount, help="of a link within a node", metavar="NUMBER")
+    floors.add_argument("--min-inter-node", type=amount, help="of a pair of nodes, all their devices", metavar="NUMBER")
+    floors.add_argument("--min-write", type=amount, default=0.05, help="of the folder (0.05)", metavar="NUMBER")
     start = parser.add_argument_group("processes")
-    start.add_argument("--processes", type=_count, help="on this machine, without a launcher (one a GPU, else one)")
+    start.add_argument("--processes", type=count, help="on this machine, without a launcher (one a GPU, else one)")
     start.add_argument(
         "--hosts", help="names of the nodes in the order of their ranks, with commas: names who is absent"
     )
     start.add_argument("--meet", help="HOST:PORT where --nodes processes meet that no launcher has given a rank")
-    start.add_argument("--nodes", type=_count, default=1, help="how many come to --meet (1)")
+    start.add_argument("--nodes", type=count, default=1, help="how many come to --meet (1)")
     start.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
 
 
 def _examine(args: argparse.Namespace, arguments: list[str]) -> int:
@@ -93,8 +76,8 @@ def _examine(args: argparse.Namespace, arguments: list[str]) -> int:
 
     if args.meet is None:
         launcher.find_ranks()
-        if "RANK" not in os.environ and (count := _local_count(args)) > 1:
-            return _start_here(count, arguments)
+        if "RANK" not in os.environ and (processes := _local_count(args)) > 1:
+            return _start_here(processes, arguments)
     return _take_part(args)
 
 
@@ -107,21 +90,27 @@ def _local_count(args: argparse.Namespace) -> int:
         return 1
 
 
-def _start_here(count: int, arguments: list[str]) -> int:
+def _start_here(processes: int, arguments: list[str]) -> int:
     """Start the processes of this machine, and return the exit code of the first."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "lift_ds.doctor", *arguments],
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            env={
+                **os.environ,
+                **meeting,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(processes),
+            },
         )
-        for rank in range(count)
+        for rank in range(processes)
     ]
     deadline = time.monotonic() + _LOCAL
     try:
         codes = [process.wait(max(deadline - time.monotonic(), 0.1)) for process in started]
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the {count} processes have not ended within {_LOCAL:g} s") from None
+        raise ValueError(f"the {processes} processes have not ended within {_LOCAL:g} s") from None
     finally:
         for process in started:
             if process.poll() is None:

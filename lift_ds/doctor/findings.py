@@ -92,7 +92,7 @@ def absent(seen: Observed) -> Iterator[Finding]:
     for host, ranks in by_host.items():
         text = f"not come to {seen.address} within {seen.limit:g} s"
         if not host:  # who they are is not known, but who they are not
-            text += f"; there are {_some(seen.nodes)}"
+            text += f"; there are {some(seen.nodes)}"
         yield Finding(ERROR, "present", host or _plural("rank", ranks), text, advice)
 
 
@@ -116,9 +116,9 @@ def versions(nodes: Mapping[str, dict[str, Any]]) -> Iterator[Finding]:
                 different.setdefault(version, []).append(host)
         for version, hosts in different.items():
             others = [host for host, has in of_host.items() if has == usual]
-            text = f"{name} is {version}, and {usual} on {_some(others)}"
+            text = f"{name} is {version}, and {usual} on {some(others)}"
             yield Finding(
-                ERROR, "versions", _some(hosts), text, "use one environment on all nodes (VENV on shared storage)"
+                ERROR, "versions", some(hosts), text, "use one environment on all nodes (VENV on shared storage)"
             )
 
 
@@ -152,7 +152,7 @@ def devices(seen: Observed) -> Iterator[Finding]:
         for trouble in facts["troubles"]:
             yield Finding(ERROR, "devices", host, trouble, "look after the driver of this node: dmesg, nvidia-smi -q")
         if counts[host] < most and not facts["troubles"]:
-            text = f"{counts[host]} devices, and {most} on {_some([h for h in counts if counts[h] == most])}"
+            text = f"{counts[host]} devices, and {most} on {some([h for h in counts if counts[h] == most])}"
             yield Finding(
                 ERROR, "devices", host, text, "nvidia-smi there; a device that has failed needs a reset or a repair"
             )
@@ -170,7 +170,7 @@ def devices(seen: Observed) -> Iterator[Finding]:
     usual = Counter(map(tuple, kinds.values())).most_common(1)
     for host, kind in kinds.items():
         if counts[host] == most and tuple(kind) != usual[0][0]:
-            text = f"devices are {_some(kind)}, and {_some(usual[0][0])} elsewhere"
+            text = f"devices are {some(kind)}, and {some(usual[0][0])} elsewhere"
             yield Finding(WARNING, "devices", host, text, "the slowest sets the pace; take nodes of one kind")
 
 
@@ -210,8 +210,8 @@ def _unreached(seen: Observed, reached: Mapping[tuple[str, str], bool]) -> Itera
     advice = "open all TCP ports between the nodes (only the port of the meeting is not enough), in both directions"
     for host in guilty:
         to, from_ = ([pair for pair, well in reached.items() if not well and pair[end] == host] for end in (1, 0))
-        parts = [f"it is not reached by {_some(one for one, _ in to)}"] if to else []
-        parts += [f"it does not reach {_some(other for _, other in from_)}"] if from_ else []
+        parts = [f"it is not reached by {some(one for one, _ in to)}"] if to else []
+        parts += [f"it does not reach {some(other for _, other in from_)}"] if from_ else []
         yield Finding(ERROR, "contact", host, f"{' and '.join(parts)}: {_why(seen, [*to, *from_])}", advice)
     for pair in rest:
         bad = [way for way in (pair, pair[::-1]) if reached.get(way) is False]
@@ -234,9 +234,9 @@ def _names_of_others(seen: Observed) -> Iterator[Finding]:
                 elsewhere[one] = address
         advice = "enter it in DNS or /etc/hosts; launchers and logs use names"
         if unknown:
-            yield Finding(WARNING, "names", host, f"its name is not known on {_some(unknown)}", advice)
+            yield Finding(WARNING, "names", host, f"its name is not known on {some(unknown)}", advice)
         if elsewhere:
-            text = f"its name leads to {_some(set(elsewhere.values()))} on {_some(elsewhere)}, no address of its own"
+            text = f"its name leads to {some(set(elsewhere.values()))} on {some(elsewhere)}, no address of its own"
             yield Finding(WARNING, "names", host, text, advice)
 
 
@@ -298,9 +298,9 @@ def transports(seen: Observed) -> Iterator[Finding]:
     for host, names_ in networks.items():
         adapters = seen.nodes[host]["infiniband"]
         if len(seen.nodes) > 1 and SOCKET in names_ and (adapters or faster):
-            instead = f"this node has {_some(adapters)}" if adapters else f"other nodes take {_some(faster)}"
+            instead = f"this node has {some(adapters)}" if adapters else f"other nodes take {some(faster)}"
             used = sorted({name for one in seen.transports[host] for name in one["adapters"]})
-            text = f"NCCL sends over TCP sockets ({_some(used)}), although {instead}"
+            text = f"NCCL sends over TCP sockets ({some(used)}), although {instead}"
             advice = (
                 "see ibstat, NCCL_IB_HCA and NCCL_IB_DISABLE; in a container pass /dev/infiniband on; in a cloud "
                 "load its plugin of NCCL"
@@ -324,7 +324,7 @@ def bandwidth(seen: Observed, limits: Limits) -> Iterator[Finding]:
     for error, ranks in by_error.items():
         hosts = [host for host, of_host in ranks_of.items() if set(of_host) & set(ranks)]
         text = f"{_plural('rank', ranks)} could not measure the links: {error}"
-        yield Finding(ERROR, "bandwidth", _some(hosts), text, "a collective of the job would fail in the same way")
+        yield Finding(ERROR, "bandwidth", some(hosts), text, "a collective of the job would fail in the same way")
     if seen.failed:  # those that did measure may have waited for them
         return
     found = links.rates(seen.links, ranks_of)
@@ -345,10 +345,16 @@ def _slow(slow: links.Slow, what: str, fastest: float, floor: float | None, opti
 
 
 def _plural(noun: str, numbers: list[int]) -> str:
-    return f"{noun}{'s' if len(numbers) > 1 else ''} {_some(map(str, numbers))}"
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {some(map(str, numbers))}"
 
 
-def _some(words: Iterable[str], most: int = 8) -> str:
+def some(words: Iterable[str], most: int = 8) -> str:
+    """Return words with commas between them, and how many are left out.
+
+    Args:
+        words: all of them.
+        most: how many to name.
+    """
     words = list(words)
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 

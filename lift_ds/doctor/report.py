@@ -9,7 +9,7 @@ from typing import Any
 
 from lift_ds.doctor import links
 from lift_ds.doctor.examination import Observed
-from lift_ds.doctor.findings import ERROR, WARNING, Finding, ahead_of_middle
+from lift_ds.doctor.findings import ERROR, WARNING, Finding, ahead_of_middle, some
 
 #: Exit codes, by the worst finding; arguments that cannot be used are 2 too.
 HEALTHY, WARNED, FAILED = 0, 1, 2
@@ -78,12 +78,12 @@ def _summary(seen: Observed, plan: str) -> Iterator[str]:
         return
     devices = Counter(device["name"] for one in facts for device in one["devices"])
     what = ", ".join(f"{count} x {name}" for name, count in devices.items()) or "no GPU"
-    yield f"nodes       {', '.join(seen.nodes)}; {len(seen.ranks)} of {seen.count} ranks; {what}"
+    yield f"nodes       {some(seen.nodes)}; {len(seen.ranks)} of {seen.count} ranks; {what}"
     yield f"versions    {', '.join(f'{name} {version}' for name, version in facts[0]['versions'].items())}"
     yield f"memory      /dev/shm: {_least(one['shm'] for one in facts)} GB free; {_locked(facts)} to lock"
     if len(facts) > 1:
         addresses = (f"{host} {one['address']} ({one['interface']})" for host, one in seen.nodes.items())
-        yield f"addresses   {', '.join(addresses)}"
+        yield f"addresses   {some(addresses)}"
         if seen.contact:
             apart = max(ahead_of_middle(seen).values()) - min(ahead_of_middle(seen).values())
             yield f"clocks      {apart * 1e3:.1f} ms apart"

@@ -15,6 +15,7 @@ from lift_ds.planner.hardware import DEVICES, Hardware, device_for
 from lift_ds.planner.models import read_facts
 from lift_ds.planner.plan import STAGES, Plan, Request, make_plan
 from lift_ds.planner.presets import PRESETS
+from lift_ds.runtime.numbers import amount, count
 
 #: Options that replace a figure of the device: option -> (field of Hardware, help).
 _FIGURES = {
@@ -58,48 +59,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--model", required=True, help=f"{', '.join(PRESETS)}, or a folder with a config.json")
     cluster = plan.add_argument_group("cluster")
-    cluster.add_argument("--nodes", type=_count, default=1)
-    cluster.add_argument("--gpus-per-node", type=_count, default=8)
+    cluster.add_argument("--nodes", type=count, default=1)
+    cluster.add_argument("--gpus-per-node", type=count, default=8)
     cluster.add_argument("--device", choices=tuple(DEVICES), help="whose speeds to take; by --gpu-memory if left out")
     for option, (_, text) in _FIGURES.items():
-        cluster.add_argument(option, type=_amount, help=f"{text}; that of the device if left out", metavar="NUMBER")
-    cluster.add_argument("--host-memory", type=_amount, default=1000.0, help="memory of a node's host, GB")
+        cluster.add_argument(option, type=amount, help=f"{text}; that of the device if left out", metavar="NUMBER")
+    cluster.add_argument("--host-memory", type=amount, default=1000.0, help="memory of a node's host, GB")
     cluster.add_argument("--no-overlap", action="store_true", help="no collective runs beside computation")
     run = plan.add_argument_group("run")
-    run.add_argument("--batch-size", type=_count, default=16, help="sequences of an optimizer step, all ranks together")
-    run.add_argument("--sequence", type=_count, default=2048, help="tokens of a sequence")
-    run.add_argument("--micro-batch", type=_count, help="sequences of a forward; the fastest that fits if left out")
+    run.add_argument("--batch-size", type=count, default=16, help="sequences of an optimizer step, all ranks together")
+    run.add_argument("--sequence", type=count, default=2048, help="tokens of a sequence")
+    run.add_argument("--micro-batch", type=count, help="sequences of a forward; the fastest that fits if left out")
     run.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto", help="of activations")
     run.add_argument("--no-offload", action="store_true", help="leave out choices with the optimizer on the host")
     run.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     run.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
     lift = plan.add_argument_group("LIFT")
     lift.add_argument("--deepspeed", help='a DeepSpeed file, for the settings of its "lift" block')
-    lift.add_argument("--budget-rank", type=_count, help="in place of --density")
+    lift.add_argument("--budget-rank", type=count, help="in place of --density")
     lift.add_argument("--density", type=float, help=f"{USUAL_DENSITY:g} if neither is given")
-    lift.add_argument("--lra-rank", type=_count)
-    lift.add_argument("--refresh-interval", type=_count)
+    lift.add_argument("--lra-rank", type=count)
+    lift.add_argument("--refresh-interval", type=count)
     output = plan.add_argument_group("output")
     output.add_argument("--json", type=Path, help="write everything there")
     output.add_argument("--plot", type=Path, help="draw the memory there (.svg, .png, .pdf)")
     output.add_argument("--write", type=Path, help="write the DeepSpeed file of the recommended choice there")
     return plan
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
 
 
 def _plan(args: argparse.Namespace) -> Plan:

@@ -110,8 +110,10 @@ def test_the_shared_folder_is_missing_on_a_node(cluster: Cluster, given: Given, 
             hostfile = cluster.hostfile(2, 1)
             ended = cluster.run(1, [f"launch/{script}", *FLAGS], HOSTFILE=hostfile, **variables)
             _check(ended, "node2: does not see", str(shared / "out"), limit=BEFORE)
-        for file in ("slurm_ranks.sbatch", "slurm_torchrun.sbatch"):
-            job = cluster.submit(file, *FLAGS, options=["--nodes=2", "--ntasks-per-node=1"], **variables)
+        # By the doctor where a script asks it, else by the ranks themselves.
+        for file, asked in (("slurm_ranks.sbatch", "0"), ("slurm_torchrun.sbatch", "1")):
+            options = ["--nodes=2", "--ntasks-per-node=1"]
+            job = cluster.submit(file, *FLAGS, options=options, **{**variables, "DOCTOR": asked})
             ended = cluster.wait_for_job(job)
             _check(ended, "is not the same folder on all nodes", "on node2", limit=ON_RANKS, code=None)
             assert cluster.job(job)["JobState"] == "FAILED"
@@ -133,9 +135,11 @@ def test_a_deepspeed_file_that_does_not_match(cluster: Cluster, given: Given, tm
 
 
 def test_a_node_that_does_not_come(cluster: Cluster, given: Given, tmp_path: Path) -> None:
-    """torchrun's own meeting ends within MEETING seconds; so does that of the ranks, which names who is missing."""
+    """Who meets waits for MEETING seconds, and then says who is missing: the doctor, torchrun itself, the ranks."""
     variables = given.variables(tmp_path / "out", GPUS_PER_NODE="1", NODES="2", HEAD="node1", MEETING="10")
     ended = cluster.run(1, ["launch/torchrun.sh", *FLAGS], **variables)
+    _check(ended, "rank 1: not come to node1:29500 within 10 s; there are node1", limit=40)
+    ended = cluster.run(1, ["launch/torchrun.sh", *FLAGS], DOCTOR="0", **variables)
     assert ended.code != 0
     assert "RendezvousTimeoutError" in ended.text
     assert ended.seconds < 40, ended.text

@@ -19,6 +19,7 @@ from benchmarks.methods.command import parse_arguments as parse_methods
 from benchmarks.scaling.command import make_parser as make_study_parser
 from lift_ds import cli, universal
 from lift_ds.delta.command import make_apply_parser, make_export_parser, make_inspect_parser
+from lift_ds.doctor.command import make_parser as make_doctor_parser
 from lift_ds.evaluation.command import make_parser as make_evaluate_parser
 from lift_ds.training.arguments import make_parser as make_train_parser
 
@@ -27,6 +28,7 @@ FOREIGN = {"git", "cd", "pip", "hf", "export", "squeue", "scancel", "tail", "cat
 
 #: What reads the command line of a subcommand of lift-ds that is not run here.
 PARSERS = {
+    "doctor": make_doctor_parser,
     "evaluate": make_evaluate_parser,
     "export": make_export_parser,
     "apply": make_apply_parser,
@@ -53,6 +55,9 @@ def check_training(arguments: list[str]) -> None:
 
 def check_deepspeed(arguments: list[str]) -> None:
     launch = parse_deepspeed(arguments)
+    if launch.user_script == "lift_ds.doctor":
+        assert PARSERS["doctor"]().parse_args(launch.user_args)
+        return
     assert launch.user_script == ("lift_ds.training" if launch.module else "launch/train.py")
     check_training(launch.user_args)
 
