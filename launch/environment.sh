@@ -85,7 +85,7 @@ doctor_by_ssh() {
   exports=$(for name in $(passed_on); do printf 'export %s=%q\n' "$name" "${!name}"; done)
   doctor+=(--hosts "$(paste -sd , <<< "$hosts")")
   for host in $hosts; do
-    ssh -o BatchMode=yes "$host" bash -s <<< "$exports
+    ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 "$host" bash -s <<< "$exports
       cd '$repository'
       export RANK=$rank WORLD_SIZE=$count LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=$address MASTER_PORT=$port
       exec ${doctor[*]@Q}" &
