@@ -435,7 +435,7 @@ def test_two_processes_of_this_machine(tmp_path: Path) -> None:
     flags = ["--processes", "2", "--output-dir", str(tmp_path / "new" / "run"), "--json", str(record)]
     ended = subprocess.run(
         [sys.executable, "-m", "lift_ds.doctor", *flags, "--min-write", "1e-6"],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     content = json.loads(record.read_text())
     assert [one for one in content["findings"] if one["check"] != "shared memory"] == []
