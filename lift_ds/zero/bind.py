@@ -30,6 +30,7 @@ from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger
 from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
+from lift_ds.zero.node_shards import ALL, NodeShards
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.options import refuse_pipeline
 from lift_ds.zero.sharded_index import ShardedIndex
@@ -124,19 +125,35 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
 def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     let_gradients_reach_leaves(model)
     frozen = FrozenShards(model.parameters())
+    nodes = _fill_nodes(model, attachment)
     prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
 
     def before_checkpoint() -> None:
         prologue()
         remove_leftovers(wrapper)
         frozen.fetch()
+        if nodes is not None:
+            nodes.share_out()
 
     def after_checkpoint() -> None:
+        if nodes is not None:
+            nodes.fill_nodes()
         frozen.put_back()
         epilogue()
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return PartitionedParameterStore(wrapper)
+
+
+def _fill_nodes(model: nn.Module, attachment: Attachment) -> NodeShards | None:
+    """Give each node a copy of the frozen weights, if it is to have one and there are several."""
+    if attachment.config.frozen_weights == ALL:
+        return None
+    nodes = NodeShards(model.parameters(), attachment.config.frozen_weights)
+    if not nodes.several:
+        return None
+    nodes.fill_nodes()
+    return nodes
 
 
 def _master_copies(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
