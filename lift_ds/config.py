@@ -237,8 +237,8 @@ class LiftConfig:
         _frozen_weights,
         "Ranks that share a copy of the frozen weights in ZeRO-3: all, node, or how many in a row",
         '`"all"`: each of N ranks holds 1/N. `"node"`: each node has a copy, and each of its n ranks holds 1/n of it. '
-        "Then forward and backward fetch no weight from another node. A rank holds 2/n bytes of each weight in bf16, in "
-        "place of 2/N. Checkpoints are the same.",
+        "Then forward and backward fetch no weight from another node. A rank holds 2/n bytes of a weight in bf16. "
+        "Checkpoints are the same.",
     )
     refresh_memory_gib: float | None = _setting(
         None,

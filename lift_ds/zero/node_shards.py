@@ -32,7 +32,7 @@ def ranks_of_nodes(setting: str, hosts: Sequence[str]) -> list[list[int]]:
 
     Args:
         setting: NODE, or how many ranks in a row.
-        hosts: the host of each rank.
+        hosts: the host of each rank; for a number only how many there are counts.
 
     Raises:
         ValueError: nodes have different numbers of ranks, or the number does not divide them.
@@ -70,7 +70,8 @@ class NodeShards:
             raise ValueError(
                 f'frozen_weights={setting!r} does not go with "offload_param" on a disk; leave one of them out'
             )
-        nodes = ranks_of_nodes(setting, from_all(socket.gethostname()))
+        hosts = from_all(socket.gethostname()) if setting == NODE else [""] * comm.get_world_size()
+        nodes = ranks_of_nodes(setting, hosts)
         self._all = self._parameters[0].ds_process_group if self._parameters else None
         # Every rank makes the groups of all nodes, in the same order.
         groups = [comm.new_group(ranks) for ranks in nodes]
