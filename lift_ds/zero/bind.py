@@ -81,6 +81,11 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.driver = driver  # type: ignore[attr-defined]
         follow_training(model, optimizer, driver)
         return driver
+    if attachment.config.frozen_weights != ALL and not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        logger.warning(
+            "frozen_weights=%r is not applied: without ZeRO-3 every rank has all weights",
+            attachment.config.frozen_weights,
+        )
     store = _store_for(optimizer, model, attachment)
     driver = Driver(attachment, watched_store(store), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
@@ -150,9 +155,11 @@ def _fill_nodes(model: nn.Module, attachment: Attachment) -> NodeShards | None:
     if attachment.config.frozen_weights == ALL:
         return None
     nodes = NodeShards(model.parameters(), attachment.config.frozen_weights)
-    if not nodes.several:
+    if nodes.copies == 1:
+        logger.info("frozen_weights=%r: all ranks are on one node, so it changes nothing", nodes.setting)
         return None
     nodes.fill_nodes()
+    logger.info("frozen weights: %d copies, each shared by %d ranks", nodes.copies, nodes.sharers)
     return nodes
 
 

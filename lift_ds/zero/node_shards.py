@@ -59,6 +59,11 @@ class NodeShards:
         parameters: of the model; those that are partitioned and not trained are placed.
         setting: NODE, or how many ranks share a copy.
 
+    Attributes:
+        setting: as given.
+        copies: how many there are.
+        sharers: ranks of each.
+
     Raises:
         ValueError: as `ranks_of_nodes`, or where parameters live on a disk.
     """
@@ -77,7 +82,7 @@ class NodeShards:
         groups = [comm.new_group(ranks) for ranks in nodes]
         rank = comm.get_rank()
         self._own = next(group for group, ranks in zip(groups, nodes, strict=True) if rank in ranks)
-        self.several = len(nodes) > 1
+        self.setting, self.copies, self.sharers = setting, len(nodes), len(nodes[0])
 
     def fill_nodes(self) -> None:
         """Give each node a copy; each parameter is gathered from all ranks once. All ranks call."""
