@@ -2,7 +2,7 @@
 one process with all of it.
 
 Losses may differ by the order of float32 sums over the tokens, which other ranks add up. In ZeRO-3 the indices may not.
-In ZeRO-2 DeepSpeed makes every gradient as many times larger as ranks share a sequence. Adam divides that out again, but
+In ZeRO-2 DeepSpeed makes every gradient as many times larger as ranks share a sequence. Adam divides that out, but
 for its epsilon; entries whose scores are nearly equal may then change places.
 """
 
