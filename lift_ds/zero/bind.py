@@ -49,7 +49,8 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
     For loops of one's own, after the engine is built: `lift_ds.bind(engine, engine.optimizer)`, or with Accelerate
     `lift_ds.bind(model, optimizer)` of what `accelerator.prepare` returned. `lift_ds.initialize` and `LiftCallback`
-    do it by themselves. All ranks call; no collective runs.
+    do it by themselves. All ranks call. Collectives run only where `frozen_weights` is not "all": each frozen weight is
+    then gathered once, to give every node its copy.
 
     Args:
         model: the model LIFT is attached to, or a wrapper of it such as DeepSpeed's engine.
