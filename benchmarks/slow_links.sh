@@ -5,6 +5,8 @@
 #   benchmarks/slow_links.sh [RATE...]      rates such as 200mbit, 1gbit, unshaped (these three)
 #
 #   OUTPUT    folder of the study    (benchmarks/results/scaling/links)
+#   NODES     how many hosts       (2)
+#   SLOTS     ranks of a host      (1)
 #   STUDY     options of launch/scaling_study.py in place of those below
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,7 +20,7 @@ CLUSTER_DIR=$(mktemp -d "${TMPDIR:-/tmp}/slow-links.XXXXXX")
 export CLUSTER_DIR
 hosts=$PWD/tests/cluster/hosts.sh
 trap '"$hosts" down; rm -rf "$CLUSTER_DIR"' EXIT
-printf 'node%s slots=1\n' 1 2 > "$CLUSTER_DIR/hostfile"
+printf "node%s slots=${SLOTS:-1}\n" $(seq "${NODES:-2}") > "$CLUSTER_DIR/hostfile"
 
 gbit() { awk -v rate="$1" 'BEGIN { print rate ~ /gbit$/ ? rate + 0 : rate / 1000 }'; }
 
@@ -28,7 +30,7 @@ for rate in "$@"; do
     shaped=(--rate "$rate")
     known=(--link-gbit "$(gbit "$rate")")
   fi
-  "$hosts" up 2 "${shaped[@]}"
+  "$hosts" up "${NODES:-2}" "${shaped[@]}"
   # shellcheck disable=SC2086
   "$hosts" on 1 python launch/scaling_study.py --launcher hostfile --hostfile "$CLUSTER_DIR/hostfile" --interface eth0 \
     --link-name "$rate" "${known[@]}" --output "$output" $study

@@ -108,6 +108,13 @@ def _preset_or_names(name: str, value: Any) -> str | tuple[str, ...]:
     return names
 
 
+def _frozen_weights(name: str, value: Any) -> str:
+    number = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(number, str) and (number in ("all", "node") or (number.isdecimal() and int(number) > 0)):
+        return number
+    raise ValueError(f"{name}={value!r} is neither all nor node nor a number of ranks such as 8")
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return the end of an error message: the known name that is nearest to a wrong one, or nothing."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
@@ -224,6 +231,14 @@ class LiftConfig:
         f"Where the index lives in ZeRO 1 and 2: {' or '.join(INDEX_PLACEMENTS)}",
         '`"sharded"`: each of N ranks holds 1/N of every index, and backward gathers it a layer ahead. '
         '`"replicated"`: every rank holds all of it, at 2 bytes an entry, and nothing is sent.',
+    )
+    frozen_weights: str = _setting(
+        "all",
+        _frozen_weights,
+        "Ranks that share a copy of the frozen weights in ZeRO-3: all, node, or how many in a row",
+        '`"all"`: each of N ranks holds 1/N. `"node"`: each node has a copy, and each of its n ranks holds 1/n of it. '
+        "Then forward and backward fetch no weight from another node. A rank holds 2/n bytes of a weight in bf16. "
+        "Checkpoints are the same.",
     )
     refresh_memory_gib: float | None = _setting(
         None,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from benchmarks.measure.models import lora_rank, matrix_shapes
 
-METHODS = ("full", "lora", "lift")
+#: "lift_node" is LIFT with a copy of the frozen weights on each node.
+METHODS = ("full", "lora", "lift", "lift_node")
 STAGES = (0, 1, 2, 3)
 
 #: Weak: every rank has as many tokens as one rank alone. Strong: all ranks together. The one rank is the base of both.
@@ -72,7 +73,7 @@ class Cell:
     """One training run.
 
     Args:
-        method: "full" (the managed matrices), "lora", "lift", or `PROBE`.
+        method: "full" (the managed matrices), "lora", "lift", "lift_node", or `PROBE`.
         stage: of ZeRO.
         nodes: how many.
         ranks: on all nodes together.
@@ -101,6 +102,16 @@ class Cell:
     def tokens(self) -> int:
         """Tokens of a rank and step."""
         return self.batch * self.sizes.sequence
+
+    @property
+    def trained_by(self) -> str:
+        """The method without where its frozen weights are."""
+        return self.method.removesuffix("_node")
+
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that share a copy of the frozen weights; 0 for all."""
+        return self.ranks // self.nodes if self.method == "lift_node" and self.stage == 3 and self.nodes > 1 else 0
 
     @property
     def key(self) -> tuple[object, ...]:

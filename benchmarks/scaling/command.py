@@ -35,7 +35,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=METHODS, default=["full", "lora", "lift"])
     add("--stages", nargs="+", type=int, choices=STAGES, default=[2], help="of ZeRO (2)")
     add("--ranks", nargs="+", type=int, default=[1, 2], help="on all nodes together (1 2)")
     add("--nodes", nargs="+", type=int, default=[1], help="combined with the ranks that are a multiple of them (1)")

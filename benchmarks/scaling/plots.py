@@ -12,7 +12,7 @@ from benchmarks.scaling.cells import METHODS, STRONG, WEAK
 from benchmarks.scaling.summary import Scaling, Summary, scalings, summarise
 from benchmarks.scaling.table import Row
 
-_COLORS = {"full": "tab:gray", "lora": "tab:orange", "lift": "tab:blue"}
+_COLORS = {"full": "tab:gray", "lora": "tab:orange", "lift": "tab:blue", "lift_node": "tab:cyan"}
 
 
 def draw_all(folder: Path, rows: Sequence[Row]) -> list[str]:
@@ -55,6 +55,8 @@ def _efficiency(found: Sequence[Scaling]) -> Any:
             axes = panels[row][column]
             for method in METHODS:
                 cells = [(one.summary.cell, one) for one in found]
+                if not any(cell.method == method for cell, _ in cells):
+                    continue
                 line = [one for cell, one in cells if (cell.method, cell.stage, cell.scaling) == (method, stage, kind)]
                 line.sort(key=lambda one: one.summary.cell.ranks)
                 ranks = [1, *(one.summary.cell.ranks for one in line)]
@@ -82,21 +84,24 @@ def _links(found: Sequence[Summary]) -> Any:
         cell = one.cell
         title = f"{cell.link}\nZeRO-{cell.stage}\n{cell.ranks} ranks, {cell.nodes} nodes\n{cell.scaling}"
         groups.setdefault(title, {})[cell.method] = one
+    shown = [method for method in METHODS if any(method in group for group in groups.values())]
+    width = 0.81 / len(shown)
     figure = _figure(1.8 * len(groups) + 3.5, 4.5)
     axes = figure.subplots()
-    for offset, method in enumerate(METHODS):
-        places = [place + 0.27 * (offset - 1) for place, group in enumerate(groups.values()) if method in group]
+    for offset, method in enumerate(shown):
+        aside = width * (offset - (len(shown) - 1) / 2)
+        places = [place + aside for place, group in enumerate(groups.values()) if method in group]
         cells = [group[method] for group in groups.values() if method in group]
         if not cells:
             continue
         seconds = [one.seconds for one in cells]
         spread = [[one.seconds - one.fastest for one in cells], [one.slowest - one.seconds for one in cells]]
-        axes.bar(places, seconds, 0.25, yerr=spread, capsize=2, color=_COLORS[method], label=method)
+        axes.bar(places, seconds, 0.93 * width, yerr=spread, capsize=2, color=_COLORS[method], label=method)
         for place, one in zip(places, cells, strict=True):
             if one.predicted:
                 axes.plot(place, one.predicted, "kx", markersize=7)
             if one.limit:
-                axes.hlines(one.limit, place - 0.12, place + 0.12, color="red")
+                axes.hlines(one.limit, place - 0.45 * width, place + 0.45 * width, color="red")
             axes.text(place, one.slowest * 1.08, f"{one.seconds:.2f}", ha="center", fontsize=8)
     axes.plot([], [], "kx", label="predicted")
     axes.plot([], [], color="red", label="bytes on the wire / rate")

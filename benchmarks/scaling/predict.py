@@ -32,6 +32,10 @@ from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of
 from lift_ds.planner.peak import Activations
 from lift_ds.planner.refresh_work import refresh_work
 
+#: Rate within a node in GB/s: what ranks of one host send each other passes through its memory, and takes the time of
+#: its cores, which is calibrated.
+_FREE = 1e6
+
 #: Steps between two refreshes of which a step's prediction knows nothing: refreshes are measured and predicted apart.
 _APART = 10**12
 
@@ -72,14 +76,14 @@ def lift_config(sizes: Sizes, method: str = "lift") -> LiftConfig:
 def setting_of(cell: Cell, device: str) -> Setting:
     """Return what the formulas need to know about a cell."""
     model, config = facts(cell.sizes, cell.method), lift_config(cell.sizes, cell.method)
-    choice = Choice(cell.method, cell.stage)
+    choice = Choice(cell.trained_by, cell.stage, copy_ranks=cell.copy_ranks)
     setting = setting_for(model, config, choice, cell.ranks, device_type=device, matrices_alone=True)
     return dataclasses.replace(setting, bucket=cell.sizes.bucket, live=0)
 
 
 def activations_of(cell: Cell) -> Activations:
     """Return the sizes of a micro-batch of a cell."""
-    return activations_for(facts(cell.sizes, cell.method), Choice(cell.method, cell.stage, sequence=cell.tokens))
+    return activations_for(facts(cell.sizes, cell.method), Choice(cell.trained_by, cell.stage, sequence=cell.tokens))
 
 
 def calibrate(rows: Sequence[Row], sizes: Sizes) -> Calibration | None:
@@ -137,7 +141,7 @@ def hardware_for(cell: Cell, found: Calibration) -> Hardware | None:
         tflops=share * found.tflops,
         fp32_tflops=share * (found.refresh_tflops or found.tflops),
         bandwidth_gb=share * found.bandwidth_gb,
-        intra_gb=link,
+        intra_gb=link if cell.nodes == 1 else _FREE,
         inter_gb=link,
         efficiency=1.0,
         refresh_efficiency=1.0,
@@ -158,7 +162,7 @@ def predict(cell: Cell, device: str, hardware: Hardware | None) -> dict[str, Any
     """
     setting, work, sizes = setting_of(cell, device), activations_of(cell), cell.sizes
     sent = speed.network_of_step(setting, work)
-    by_ring = speed.received(sent, cell.ranks)
+    by_ring = speed.received(sent, cell.ranks)  # nothing of what stays within a node
     extra = _extra_of_gloo(sent, cell.ranks) if device == "cpu" else 0.0
     # Bytes pass between two nodes as between two ranks of a ring; on one node all ranks' pass through one interface.
     found: dict[str, Any] = {
@@ -169,7 +173,7 @@ def predict(cell: Cell, device: str, hardware: Hardware | None) -> dict[str, Any
     if hardware is None:
         return found
     refresh = 0.0
-    if cell.method == "lift":
+    if cell.trained_by == "lift":
         refresh = float(max(refresh_work(facts(sizes), lift_config(sizes), cell.ranks, cell.stage).operations))
     time = speed.step_time(setting, work, hardware, cell.nodes, sizes.sequence, _APART, refresh)
     network = time.network + extra / hardware.link_bytes(cell.nodes)
@@ -178,7 +182,7 @@ def predict(cell: Cell, device: str, hardware: Hardware | None) -> dict[str, Any
         "predicted_compute_seconds": time.compute,
         "predicted_network_seconds": network,
         "predicted_optimizer_seconds": time.optimizer,
-        "predicted_refresh_seconds": time.refresh if cell.method == "lift" else None,
+        "predicted_refresh_seconds": time.refresh if cell.trained_by == "lift" else None,
     }
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.scaling.cells import BASE, NO_LINK, PROBE, STRONG, Cell
+from benchmarks.scaling.cells import BASE, METHODS, NO_LINK, PROBE, STRONG, Cell
 from benchmarks.scaling.table import OK, Row, cell_of
 
 #: Columns whose median over the runs of a cell is reported.
@@ -62,10 +62,9 @@ def summarise(rows: Iterable[Row]) -> list[Summary]:
 def _order(summary: Summary) -> tuple[object, ...]:
     cell = summary.cell
     rate = cell.gbit or float("inf")
-    methods = ("full", "lora", "lift")
     return (
         str(cell.sizes), cell.stage, cell.scaling != BASE, cell.scaling, cell.nodes, cell.ranks, rate, cell.link,
-        cell.tokens, methods.index(cell.method),
+        cell.tokens, METHODS.index(cell.method),
     )  # fmt: skip
 
 

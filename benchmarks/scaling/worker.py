@@ -74,7 +74,7 @@ class Worker:
         }
         if self._device.type == "cuda":
             found["peak_bytes"] = max(from_all(torch.cuda.max_memory_allocated()))
-        if cell.method == "lift":
+        if cell.trained_by == "lift":
             before = self._wire()
             self._step()
             dist.barrier()
@@ -111,8 +111,10 @@ class Worker:
         # ZeRO-3 lets go of a layer after its use.
         more = {"overlap_comm": True, "contiguous_gradients": True}
         config = ds_config(cell.stage, cell.batch, sizes.bucket, live=0, **more)
-        block = {"density": sizes.density, "lra_rank": sizes.lora_rank, "refresh_interval": refresh_after}
-        return build_engine(model, cell.method, sizes.lora_rank, config, block)
+        block: Record = {"density": sizes.density, "lra_rank": sizes.lora_rank, "refresh_interval": refresh_after}
+        if cell.method != cell.trained_by:
+            block["frozen_weights"] = "node"
+        return build_engine(model, cell.trained_by, sizes.lora_rank, config, block)
 
     def _count(self) -> Record:
         for _ in range(_COUNTED - 1):

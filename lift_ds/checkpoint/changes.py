@@ -38,19 +38,21 @@ def write(model: nn.Module, directory: rank_files.Folder) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    driver = require_attachment(model).driver
+    attachment = require_attachment(model)
+    driver = attachment.driver
     tensors, texts = {}, {}
     if driver is not None and (driver.store.sharded or rank_and_count()[0] == 0):
-        tensors, texts = dict(_tensors(driver.changes)), _texts(driver.changes)
+        tensors, texts = dict(_tensors(attachment, driver.changes)), _texts(driver.changes)
     rank_files.write(rank_files.CHANGES, directory, tensors, texts)
 
 
-def _tensors(changes: Changes) -> Iterator[tuple[str, Tensor]]:
+def _tensors(attachment: Attachment, changes: Changes) -> Iterator[tuple[str, Tensor]]:
     records = {"base": changes.base or {}, "left": {name: left.entries for name, left in (changes.left or {}).items()}}
     for kind, of_weights in records.items():
         for name, entries in of_weights.items():
-            yield f"{name}/{kind}", entries.numbers.contiguous()
-            yield f"{name}/{kind}/positions", entries.positions()
+            if attachment.driver.store.has_first_copy(attachment.weights[name]):
+                yield f"{name}/{kind}", entries.numbers.contiguous()
+                yield f"{name}/{kind}/positions", entries.positions()
     for name, (piece, start) in changes.dense.items():
         yield f"{name}/dense", piece
         yield f"{name}/dense/start", torch.tensor(start)

@@ -51,6 +51,7 @@ _FREE_SETTINGS = frozenset(
         "seed",
         "refresh_parts",
         "index_placement",
+        "frozen_weights",
         "refresh_memory_gib",
         "refresh_interval",
         "lr",

@@ -38,7 +38,7 @@ def ds_file(plan: Plan, choice: Choice) -> dict[str, Any]:
         content["zero_force_ds_cpu_optimizer"] = False
     content["zero_optimization"] = _zero(plan, choice)
     if choice.method == "lift":
-        content[LIFT_BLOCK] = _lift_block(plan.config)
+        content[LIFT_BLOCK] = _lift_block(plan.config) | ({"frozen_weights": "node"} if choice.copy_ranks else {})
     content[TRAIN_DEFAULTS_BLOCK] = {
         "gradient_checkpointing": choice.checkpointing,
         "max_length": choice.sequence,

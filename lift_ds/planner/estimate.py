@@ -59,6 +59,7 @@ class Choice:
         accumulation: micro-batches of a step.
         checkpointing: of activations.
         sequence: tokens of a sequence.
+        copy_ranks: ranks that share a copy of the frozen weights in ZeRO-3; 0 for all.
     """
 
     method: str
@@ -68,6 +69,7 @@ class Choice:
     accumulation: int = 1
     checkpointing: bool = False
     sequence: int = 2048
+    copy_ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Estimate:
         host_limit: bytes of the host's memory for each rank.
         network: kind of collective -> logical bytes of a step without a refresh.
         received: bytes a rank receives for it.
+        between_nodes: of these, what comes in collectives that are not within a node.
         refresh_network: the same of a refresh, beside a step's.
         refresh: a refresh, dealt out; None without LIFT.
         time: of a step.
@@ -96,6 +99,7 @@ class Estimate:
     host_limit: float
     network: dict[str, float]
     received: float
+    between_nodes: float
     refresh_network: dict[str, float]
     refresh: RefreshWork | None
     time: speed.StepTime
@@ -166,6 +170,7 @@ def setting_for(
         layers=facts.layers,
         stacks=tuple(count > 1 for count in facts.matrices.values()),
         leaves=tuple(name in facts.leaves for name in facts.shapes),
+        copy_ranks=choice.copy_ranks,
     )
 
 
@@ -225,7 +230,8 @@ def estimate(facts: ModelFacts, config: LiftConfig, choice: Choice, cluster: Clu
         host=peak.host_memory(setting),
         host_limit=1e9 * cluster.host_gb / cluster.gpus_per_node,
         network=network,
-        received=speed.received(network, cluster.ranks),
+        received=speed.received(network, cluster.ranks) + speed.received_in_node(network, setting.sharers),
+        between_nodes=speed.received(network, cluster.ranks) if cluster.nodes > 1 else 0.0,
         refresh_network=formulas.network_refresh(setting) if lift and cluster.ranks > 1 else {},
         refresh=refresh,
         time=time,
@@ -239,9 +245,11 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "method": choice.method, "stage": choice.stage, "offload_optimizer": choice.offload,
         "micro_batch": choice.micro_batch, "accumulation": choice.accumulation,
         "checkpointing": choice.checkpointing, "sequence": choice.sequence,
+        "frozen_weights": "node" if choice.copy_ranks else "all",
         "fits": found.fits, "missing_bytes": found.missing, "peak_bytes": found.peak, "limit_bytes": found.limit,
         "persistent_bytes": found.persistent, "moment_bytes": found.moments, "host_bytes_per_rank": found.host,
         "network_bytes": found.network, "network_received_bytes": found.received,
+        "network_received_between_nodes_bytes": found.between_nodes,
         "refresh_network_bytes": found.refresh_network,
         "seconds": {
             "step": found.time.total, "compute": found.time.compute, "network": found.time.network,

@@ -10,6 +10,7 @@ DeepSpeed's and transformers' code, read with those counts.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,9 @@ from lift_ds.runtime.ranks import shard_size
 WEIGHTS, UNMANAGED, TRAINED, INDEX = "weights", "unmanaged", "trained apart", "index"
 GRADIENTS, MASTER, MOMENTS, OTHER = "gradients", "master", "moments", "other"
 CATEGORIES = (WEIGHTS, UNMANAGED, TRAINED, INDEX, GRADIENTS, MASTER, MOMENTS, OTHER)
+
+#: How the kinds of collectives end that stay within the ranks that share a copy of the frozen weights.
+IN_NODE = " in node"
 
 #: Bytes of a value in bf16, of one in fp32, and of a word of an index.
 LOW, HIGH, WORD = 2, 4, 4
@@ -78,6 +82,7 @@ class Setting:
         layers: L.
         stacks: for each weight whether it is a stack of matrices; none is where this is empty.
         leaves: for each weight whether it is in a leaf module, with which ZeRO-3 fetches θ and the index too.
+        copy_ranks: n, the ranks that share a copy of the frozen weights in ZeRO-3, of LIFT; 0 for all.
     """
 
     method: str
@@ -98,6 +103,12 @@ class Setting:
     layers: int = 1
     stacks: tuple[bool, ...] = ()
     leaves: tuple[bool, ...] = ()
+    copy_ranks: int = 0
+
+    @property
+    def sharers(self) -> int:
+        """How many ranks share a copy of the frozen weights."""
+        return self.copy_ranks or self.ranks
 
     @property
     def managed(self) -> int:
@@ -146,6 +157,14 @@ class Setting:
         """Return how many elements a rank holds of parameters that are each cut into N equal shards."""
         return sum(shard_size(count, self.ranks) for count in elements)
 
+    def share_of_copy(self, elements: Iterable[int]) -> int:
+        """Return the same of frozen parameters, which are each cut into n equal shards."""
+        return sum(shard_size(count, self.sharers) for count in elements)
+
+    def among_sharers(self, kind: str) -> str:
+        """Return the kind of a collective of the ranks that share a copy."""
+        return kind + IN_NODE if self.sharers < self.ranks else kind
+
 
 def ring_share(kind: str, ranks: int) -> float:
     """Return the bytes a rank receives in a collective by a ring algorithm, per logical byte (mean over the ranks).
@@ -164,8 +183,8 @@ def whole_index(setting: Setting) -> int:
 
 
 def index_share(setting: Setting) -> int:
-    """Return the bytes a rank holds of indices that are cut into N shards."""
-    return WORD * setting.share(setting.index_words)
+    """Return the bytes a rank holds of indices that are cut into N shards, or n in copies for n ranks."""
+    return WORD * setting.share_of_copy(setting.index_words)
 
 
 def partition_size(elements: int, ranks: int) -> int:
@@ -204,7 +223,8 @@ def persistent(setting: Setting) -> dict[str, float]:
         master; moments           4 d; 8 d   4 d/N; 8 d/N        4 d/N; 8 d/N
         other                     -          -                   one reduce bucket
 
-    What is trained densely beside counts as θ does, with d = 1 of its own.
+    Where n ranks share a copy of the frozen weights, weights and index of ZeRO-3 are 2/n and 1/n. What is trained
+    densely beside counts as θ does, with d = 1 of its own.
     In ZeRO-1 as in 2 DeepSpeed holds after backward the gradients of a rank's own partition; of a parameter cut by the
     border of a partition it holds all of it on both sides, which shows where parameters are few. Offloaded, master,
     moments and (in ZeRO-1/2) the gradients are on the host, see `host_memory`.
@@ -219,8 +239,8 @@ def persistent(setting: Setting) -> dict[str, float]:
     found: dict[str, float] = dict.fromkeys(CATEGORIES, 0.0)
     if setting.stage == 3:
         shard = sum(map(setting.share, setting.groups))
-        found[WEIGHTS] = LOW * setting.share(map(math.prod, setting.shapes))
-        found[UNMANAGED] = LOW * setting.share(setting.others)
+        found[WEIGHTS] = LOW * setting.share_of_copy(map(math.prod, setting.shapes))
+        found[UNMANAGED] = LOW * setting.share_of_copy(setting.others)
         found[TRAINED] = LOW * shard
         found[GRADIENTS] = LOW * shard
         found[INDEX] = index_share(setting)
@@ -253,7 +273,8 @@ def network_step(setting: Setting) -> dict[str, float]:
         θ and index, write-back   -          -                     2 d + index
 
     d = 1 in full fine-tuning, whose values are its weights; a replicated index is not gathered. A single rank gathers
-    nothing; DeepSpeed reduces all the same. ZeRO-3 in detail:
+    nothing; DeepSpeed reduces all the same. Where n ranks share a copy of the frozen weights, these and the index are
+    gathered from them alone, and stand under kinds of their own that end with `IN_NODE`. ZeRO-3 in detail:
 
         - LoRA needs no weight in backward whose input needs no gradient (query, key, value of the first layer).
         - Frozen parameters are fetched forward and backward too, but for those before all that is trained, which no
@@ -281,21 +302,27 @@ def network_step(setting: Setting) -> dict[str, float]:
     if n == 1:
         return {"reduce_scatter": float(gradients)}
     again = 1 - setting.kept / setting.parameters
-    gathered = LOW * _weights_fetched(setting)
-    gathered += (1 + again) * LOW * n * setting.share(map(math.prod, setting.dense))
+    frozen = LOW * _weights_fetched(setting)
+    gathered = (1 + again) * LOW * n * setting.share(map(math.prod, setting.dense))
     if setting.method == "lora":
         gathered += (1 + (1 + setting.checkpointing) * again) * LOW * n * setting.share(setting.trained)
     elif setting.method == "lift":
-        gathered += n * (index_share(setting) + written_back(setting))
         forwards = (1 + setting.checkpointing) * again
         values, words = in_leaves(setting)
-        gathered += n * ((1 + forwards) * LOW * setting.share(values) + forwards * WORD * setting.share(words))
-    return {"all_gather": float(gathered), "reduce_scatter": float(gradients)}
+        gathered += n * LOW * (setting.share(setting.trained) + (1 + forwards) * setting.share(values))
+        frozen += setting.sharers * (2 * index_share(setting) + forwards * WORD * setting.share_of_copy(words))
+    fetched = Counter({"all_gather": float(gathered)})
+    if setting.sharers > 1:
+        fetched[setting.among_sharers("all_gather")] += frozen  # type: ignore[assignment]  # counters take any number
+    return {"reduce_scatter": float(gradients), **fetched}
 
 
-def written_back(setting: Setting) -> int:
-    """Bytes of θ and index on a rank, which ZeRO-3 gathers for LIFT's write-back."""
-    return LOW * setting.share(setting.trained) + index_share(setting)
+def written_back(setting: Setting) -> dict[str, float]:
+    """Logical bytes of θ and index, which ZeRO-3 gathers for LIFT's write-back, by kind; a part of `network_step`."""
+    found = Counter({"all_gather": setting.ranks * LOW * setting.share(setting.trained)})
+    if setting.sharers > 1:
+        found[setting.among_sharers("all_gather")] += setting.sharers * index_share(setting)
+    return {kind: float(size) for kind, size in found.items()}
 
 
 def in_leaves(setting: Setting) -> tuple[list[int], list[int]]:
@@ -327,8 +354,10 @@ def network_refresh(setting: Setting) -> dict[str, float]:
         old index                 -                       the index     all_gather
         states                    -                       -             all_to_all, of what changes its rank
 
-    What changes its rank depends on the weights, and is little: a refresh that replaces a part of the entries at random
-    moves about the square root of their number across each border between two ranks.
+    Where n ranks share a copy of the frozen weights, weights and old index come from these, as in `network_step`; an
+    owner is in one of the N/n groups of them. What changes its rank depends on the weights, and is little: a refresh
+    that replaces a part of the entries at random moves about the square root of their number across each border
+    between two ranks.
 
     Args:
         setting: a run of LIFT.
@@ -342,13 +371,15 @@ def network_refresh(setting: Setting) -> dict[str, float]:
     entries, index = sum(setting.trained), whole_index(setting)
     if setting.stage < 3:
         return {"broadcast": float(index)}
-    found = {"broadcast": float(index + LOW * entries), "all_gather": float(setting.ranks * index_share(setting))}
-    if setting.ranks > 1:
+    n = setting.sharers
+    found = {"broadcast": float(index + LOW * entries)}
+    found[setting.among_sharers("all_gather")] = float(n * index_share(setting))
+    if n > 1:
         sizes = [*map(math.prod, setting.shapes)]
         stacked = sum(compress(sizes, setting.stacks))
         alone = [size for size, stack in zip_longest(sizes, setting.stacks) if not stack]
         if alone:
-            found["gather"] = float(LOW * setting.ranks * setting.share(alone))
+            found[setting.among_sharers("gather")] = float(LOW * n * setting.share_of_copy(alone)) * n / setting.ranks
         if stacked:
-            found["send"] = LOW * stacked * (setting.ranks - 1) / setting.ranks**2
+            found[setting.among_sharers("send")] = LOW * stacked * (n - 1) / n / setting.ranks
     return found

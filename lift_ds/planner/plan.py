@@ -47,7 +47,8 @@ class Plan:
         cluster: where.
         request: what was asked.
         batch: sequences of a step; a multiple of the ranks.
-        rows: the best choice of each method and stage; where none fits, the one that misses least.
+        rows: the best choice of each method and stage, with LIFT's frozen weights on all nodes and within each; where
+            none fits, the one that misses least.
         recommended: the fastest that fits, of the first method asked for that has one; None where nothing fits.
     """
 
@@ -88,18 +89,24 @@ def make_plan(facts: ModelFacts, config: LiftConfig, cluster: Cluster, request: 
     rows = []
     for method in request.methods:
         for stage in request.stages:
-            found = [estimate(facts, config, choice, cluster) for choice in _choices(method, stage, per_rank, request)]
-            rows.append(_best(found))
+            for copy_ranks in _copies(method, stage, cluster):
+                choices = _choices(method, stage, per_rank, request, copy_ranks)
+                rows.append(_best([estimate(facts, config, choice, cluster) for choice in choices]))
     return Plan(facts, config, cluster, request, per_rank * ranks, rows, _recommended(rows, request.methods))
 
 
-def _choices(method: str, stage: int, per_rank: int, request: Request) -> list[Choice]:
+def _copies(method: str, stage: int, cluster: Cluster) -> list[int]:
+    """Return how many ranks may share a copy of the frozen weights; 0 for all."""
+    return [0, cluster.gpus_per_node] if method == "lift" and stage == 3 and cluster.nodes > 1 else [0]
+
+
+def _choices(method: str, stage: int, per_rank: int, request: Request, copy_ranks: int) -> list[Choice]:
     sizes = [request.micro_batch] if request.micro_batch else _divisors(per_rank)
     recomputing = [request.checkpointing] if request.checkpointing is not None else [False, True]
     # LIFT's and LoRA's states are small; the host is for what does not fit otherwise.
     places = [False, True] if request.offload and stage in (2, 3) else [False]
     return [
-        Choice(method, stage, offload, size, per_rank // size, checkpointing, request.sequence)
+        Choice(method, stage, offload, size, per_rank // size, checkpointing, request.sequence, copy_ranks)
         for offload in places
         for checkpointing in recomputing
         for size in sizes

@@ -41,7 +41,7 @@ def _summary(plan: Plan) -> list[str]:
 
 def _row(plan: Plan, row: Estimate) -> str:
     choice, held = row.choice, {key: size / _GB for key, size in row.persistent.items()}
-    name = f"{choice.method} ZeRO-{choice.stage}" + (" +host" if choice.offload else "")
+    name = f"{choice.method} ZeRO-{choice.stage}" + " node" * bool(choice.copy_ranks) + " +host" * choice.offload
     fits = "yes" if row.fits else f"no: -{row.missing / _GB:.1f}"
     tokens = plan.batch * choice.sequence / row.time.total / plan.cluster.ranks
     refresh = f"{row.time.refresh:10.2f}" if row.refresh else f"{'':10}"
@@ -57,7 +57,8 @@ def _legend(plan: Plan) -> list[str]:
     return [
         "GB = 10^9 bytes on one GPU: held between steps (grads: between backward and step), and at the peak of a step.",
         "micro: sequences of a forward; accum: forwards of a step; ckpt: activation checkpointing; tok/s: per GPU;",
-        f"net GB: received per GPU and step; refresh s: of one refresh, every {plan.config.refresh_interval} steps;",
+        "node: each node has a copy of the frozen weights.\n" * (plan.cluster.nodes > 1)
+        + f"net GB: received per GPU and step; refresh s: of one refresh, every {plan.config.refresh_interval} steps;",
         "step s has its share of that. Memory and bytes are checked against real runs; times rest on the speeds above.",
     ]
 
@@ -89,10 +90,17 @@ def _advice(plan: Plan) -> list[str]:
     choice = row.choice
     lines = [
         f"recommended: {choice.method}, ZeRO-{choice.stage}{', optimizer on the host' * choice.offload}, micro-batch "
-        f"{choice.micro_batch}, {'with' if choice.checkpointing else 'without'} activation checkpointing",
+        f"{choice.micro_batch}, {'with' if choice.checkpointing else 'without'} activation checkpointing"
+        + ', "frozen_weights": "node"'
+        * bool(choice.copy_ranks),
         f"  peak {row.peak / _GB:.1f} of {row.limit / _GB:.1f} GB ({moment}); "
         + ", ".join(f"{name} {size / _GB:.2f}" for name, size in _parts(row).items()),
     ]
+    if plan.cluster.nodes > 1:
+        lines.append(
+            f"  network {row.received / _GB:.2f} GB a GPU and step, {row.between_nodes / _GB:.2f} of it in collectives "
+            "that span nodes"
+        )
     if row.host:
         lines.append(
             f"  on the host {row.host * plan.cluster.gpus_per_node / _GB:.0f} of {plan.cluster.host_gb:g} GB a node"

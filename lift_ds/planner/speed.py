@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lift_ds.planner.formulas import (
     HIGH,
+    IN_NODE,
     LOW,
     Setting,
     index_share,
@@ -86,8 +87,14 @@ def operations(setting: Setting, work: Activations, sequence: int) -> dict[str, 
 
 
 def received(sent: dict[str, float], ranks: int) -> float:
-    """Bytes a rank receives in collectives of these logical sizes, by rings."""
-    return sum(size * ring_share(kind, ranks) for kind, size in sent.items())
+    """Bytes a rank receives in collectives of these logical sizes, by rings of all ranks."""
+    return sum(size * ring_share(kind, ranks) for kind, size in sent.items() if not kind.endswith(IN_NODE))
+
+
+def received_in_node(sent: dict[str, float], sharers: int) -> float:
+    """Bytes a rank receives in those collectives that stay within the ranks that share a copy of the frozen weights."""
+    own = {kind.removesuffix(IN_NODE): size for kind, size in sent.items() if kind.endswith(IN_NODE)}
+    return received(own, sharers)
 
 
 def step_time(
@@ -96,9 +103,9 @@ def step_time(
     """Estimate an optimizer step.
 
         compute     operations / (speed * efficiency)
-        network     bytes a rank receives / the slowest link. Beside computation, where collectives overlap: ZeRO-3
-                    all of it beside forward and backward; ZeRO 0 to 2 gradients and index beside backward, the values
-                    after the step beside nothing
+        network     bytes a rank receives / the slowest link, and those that stay in a node / its link. Beside
+                    computation, where collectives overlap: ZeRO-3 all of it beside forward and backward; ZeRO 0 to 2
+                    gradients and index beside backward, the values after the step beside nothing
         optimizer   `optimizer_bytes` and `gradient_bytes` / bandwidth of the memory; LIFT reads each dW and reads and
                     writes each W once more. Offloaded, Adam's bytes alone at the host's bandwidth
         refresh     operations of the rank with most / (fp32 speed * efficiency) + its collectives
@@ -116,12 +123,12 @@ def step_time(
     counts = {part: work.accumulation * count for part, count in operations(setting, work, sequence).items()}
     compute = sum(counts.values()) / speed
     seconds = {part: count / speed for part, count in counts.items()}
-    link = hardware.link_bytes(nodes)
+    links = hardware.link_bytes(nodes), hardware.link_bytes(1)
     refreshing = 0.0
     if setting.method == "lift":
         refreshing = refresh / (1e12 * hardware.fp32_tflops * hardware.refresh_efficiency)
-        refreshing += received(network_refresh(setting), setting.ranks) / link
-    network = _network_seconds(setting, work, link, seconds, hardware.overlap)
+        refreshing += _seconds_of(network_refresh(setting), setting, links)
+    network = _network_seconds(setting, work, links, seconds, hardware.overlap)
     optimizer = _optimizer_seconds(setting, hardware)
     return StepTime(compute, network, optimizer, refreshing, interval)
 
@@ -140,21 +147,28 @@ def network_of_step(setting: Setting, work: Activations) -> dict[str, float]:
     elif setting.stage == 3 and more:
         sent = {kind: work.accumulation * size for kind, size in sent.items()}
         if setting.method == "lift" and setting.ranks > 1:  # written back once
-            sent["all_gather"] -= more * setting.ranks * written_back(setting)
+            for kind, size in written_back(setting).items():
+                sent[kind] -= more * size
     return sent
 
 
+def _seconds_of(sent: dict[str, float], setting: Setting, links: tuple[float, float]) -> float:
+    """Seconds of collectives by the rates between nodes and within one."""
+    between, within = links
+    return received(sent, setting.ranks) / between + received_in_node(sent, setting.sharers) / within
+
+
 def _network_seconds(
-    setting: Setting, work: Activations, link: float, compute: dict[str, float], overlap: bool
+    setting: Setting, work: Activations, links: tuple[float, float], compute: dict[str, float], overlap: bool
 ) -> float:
     sent = network_of_step(setting, work)
-    total = received(sent, setting.ranks) / link
+    total = _seconds_of(sent, setting, links)
     if not overlap:
         return total
     if setting.stage == 3:
         return max(0.0, total - sum(compute.values()))
     after = LOW * setting.total_trained if setting.stage else 0.0
-    late = received({"all_gather": after}, setting.ranks) / link
+    late = received({"all_gather": after}, setting.ranks) / links[0]
     return max(0.0, total - late - compute["backward"] - compute["recomputation"]) + late
 
 

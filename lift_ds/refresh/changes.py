@@ -215,7 +215,7 @@ class Changes:
             left = self.left.get(name)
             gone = left.after(step) if left is not None else None
             if gone is not None:
-                more_positions, more_values = self._of_all_ranks(weight, gone)
+                more_positions, more_values = self._of_all_parts(weight, gone)
                 positions, order = torch.cat([positions, more_positions.to(positions.device)]).sort()
                 values = torch.cat([values, more_values.to(values.device)])[order]
             yield ChangedEntries(weight.full_name, logical_shape(weight.weight), positions, values)
@@ -224,11 +224,11 @@ class Changes:
                 whole = parameter.detach().reshape(-1).clone()
             yield ChangedEntries(name, logical_shape(parameter), None, whole)
 
-    def _of_all_ranks(self, weight: PrincipalWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_all_parts(self, weight: PrincipalWeight, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions, and the weights there, of all ranks; each gives those in the part that it holds."""
         with self._store.held(weight.weight, write=False) as (piece, start):
             values = piece[(positions - start).long()]
-        return self._store.of_all_ranks(positions), self._store.of_all_ranks(values)
+        return self._store.of_all_parts(weight, positions), self._store.of_all_parts(weight, values)
 
 
 def applied_steps(model: nn.Module) -> int:

@@ -119,12 +119,16 @@ class PrincipalStore(Protocol):
     def trained(self, weight: PrincipalWeight) -> tuple[Tensor, Tensor]:
         """Return the index [k] of a weight and the weights there [k], on every rank; all of them call."""
 
-    def of_all_ranks(self, piece: Tensor) -> Tensor:
-        """Return what the ranks have of something, 1-D, one after the other; all of them call.
+    def of_all_parts(self, weight: PrincipalWeight, piece: Tensor) -> Tensor:
+        """Return what the ranks that share a copy of a weight have of something, in their order; all of them call.
 
         Args:
+            weight: that is shared out.
             piece: what this rank has in the part that it holds, 1-D.
         """
+
+    def has_first_copy(self, weight: PrincipalWeight) -> bool:
+        """Tell whether what this rank holds of a weight is of the first copy; where there are more, they are alike."""
 
     def release(self) -> None:
         """Give up what was kept whole between a backward and its step."""
@@ -135,6 +139,8 @@ class PrincipalStore(Protocol):
 
 class WholeWeights(ABC):
     """What stores have in common where each rank holds all weights."""
+
+    rank: int
 
     @contextmanager
     def held(self, parameter: Tensor, *, write: bool) -> Iterator[tuple[Tensor, int]]:
@@ -149,8 +155,11 @@ class WholeWeights(ABC):
             index = weight.principal.index.compact()
             return index.positions().clone(), weights_at(weight.weight, index)
 
-    def of_all_ranks(self, piece: Tensor) -> Tensor:
+    def of_all_parts(self, weight: PrincipalWeight, piece: Tensor) -> Tensor:
         return piece
+
+    def has_first_copy(self, weight: PrincipalWeight) -> bool:
+        return self.rank == 0
 
     @abstractmethod
     def whole_index(self, weight: PrincipalWeight) -> AbstractContextManager[object]:

@@ -19,6 +19,7 @@ process, since a process hangs as a whole.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -57,6 +58,21 @@ class _Pending:
     operation: str
     event: Any
     device: int
+
+
+#: Seconds that collectives may take beyond `stall_timeout`: the watch ends a run first, as it says more.
+_LATER = 10
+
+_YEAR = 365 * 24 * 3600
+
+
+def limit_of_collectives(stall_timeout: float | None) -> int:
+    """Return the seconds after which a collective is to be an error by itself, for those that nothing watches.
+
+    Args:
+        stall_timeout: seconds that one operation may last; None for any time, and then a year for collectives.
+    """
+    return _YEAR if stall_timeout is None else math.ceil(stall_timeout) + _LATER
 
 
 @dataclass

@@ -6,7 +6,6 @@ suits the generated run (where no model and no data are named), the default.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lift_ds.config import (
     read_ds_config,
 )
 from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.watchdog import limit_of_collectives
 from lift_ds.training.arguments import (
     LIFT_FLAGS,
     ScriptArguments,
@@ -51,9 +51,6 @@ _APPLIED = {
     "full": {"stall_timeout"},
     "lora": {"stall_timeout", "target_modules", "exclude_modules", "lora_rank", "lora_alpha", "use_rslora", "use_dora"},
 }
-
-#: Seconds that collectives may take beyond `stall_timeout`: the watch ends a run first, as it says more.
-_LATER = 10
 
 
 @dataclass(frozen=True)
@@ -210,6 +207,4 @@ def _adam_of(lift: LiftConfig, values: Values) -> Values:
 
 def _limit_of_collectives(lift: LiftConfig, given: Collection[str]) -> Values:
     # For those that nothing watches, such as of TRL's metrics.
-    if lift.stall_timeout is None or "ddp_timeout" in given:
-        return {}
-    return {"ddp_timeout": math.ceil(lift.stall_timeout) + _LATER}
+    return {} if "ddp_timeout" in given else {"ddp_timeout": limit_of_collectives(lift.stall_timeout)}

@@ -30,6 +30,7 @@ from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger
 from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
+from lift_ds.zero.node_shards import ALL, NodeShards
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.options import refuse_pipeline
 from lift_ds.zero.sharded_index import ShardedIndex
@@ -48,7 +49,8 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
     For loops of one's own, after the engine is built: `lift_ds.bind(engine, engine.optimizer)`, or with Accelerate
     `lift_ds.bind(model, optimizer)` of what `accelerator.prepare` returned. `lift_ds.initialize` and `LiftCallback`
-    do it by themselves. All ranks call; no collective runs.
+    do it by themselves. All ranks call. Collectives run only where `frozen_weights` is not "all": each frozen weight is
+    then gathered once, to give every node its copy.
 
     Args:
         model: the model LIFT is attached to, or a wrapper of it such as DeepSpeed's engine.
@@ -80,6 +82,11 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.driver = driver  # type: ignore[attr-defined]
         follow_training(model, optimizer, driver)
         return driver
+    if attachment.config.frozen_weights != ALL and not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        logger.warning(
+            "frozen_weights=%r is not applied: without ZeRO-3 every rank has all weights",
+            attachment.config.frozen_weights,
+        )
     store = _store_for(optimizer, model, attachment)
     driver = Driver(attachment, watched_store(store), optimizer.optimizer)
     if isinstance(optimizer.optimizer, LiftAdamW):
@@ -124,19 +131,37 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
 def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     let_gradients_reach_leaves(model)
     frozen = FrozenShards(model.parameters())
+    nodes = _fill_nodes(model, attachment)
     prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
 
     def before_checkpoint() -> None:
         prologue()
         remove_leftovers(wrapper)
         frozen.fetch()
+        if nodes is not None:
+            nodes.share_out()
 
     def after_checkpoint() -> None:
+        if nodes is not None:
+            nodes.fill_nodes()
         frozen.put_back()
         epilogue()
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return PartitionedParameterStore(wrapper)
+
+
+def _fill_nodes(model: nn.Module, attachment: Attachment) -> NodeShards | None:
+    """Give each node a copy of the frozen weights, if it is to have one and there are several."""
+    if attachment.config.frozen_weights == ALL:
+        return None
+    nodes = NodeShards(model.parameters(), attachment.config.frozen_weights)
+    if nodes.copies == 1:
+        logger.info("frozen_weights=%r: all ranks are on one node, so it changes nothing", nodes.setting)
+        return None
+    nodes.fill_nodes()
+    logger.info("frozen weights: %d copies, each shared by %d ranks", nodes.copies, nodes.sharers)
+    return nodes
 
 
 def _master_copies(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:

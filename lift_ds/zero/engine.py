@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ from lift_ds.model.attachment import attachment_of, require_attachment
 from lift_ds.model.partition import is_partitioned
 from lift_ds.optimizer import LiftAdamW
 from lift_ds.runtime.logs import get_logger
+from lift_ds.runtime.watchdog import limit_of_collectives
 from lift_ds.zero.bind import bind
 from lift_ds.zero.engine_checkpoints import commit_and_verify
 from lift_ds.zero.options import refuse_options, refuse_pipeline
@@ -65,7 +67,8 @@ def initialize(
     refuse_optimizer_block(ds_config)
     refuse_options(ds_config)
     refuse_pipeline(model)
-    _meet(kwargs)
+    attachment = attachment_of(model)
+    _meet(kwargs, attachment.config if attachment is not None else LiftConfig.from_ds_config(ds_config))
     _attach_by(ds_config, model, resume)
     settings = require_attachment(model).config
     if optimizer is None:
@@ -86,13 +89,15 @@ def initialize(
     return engine, ds_optimizer, loader, schedule
 
 
-def _meet(arguments: Mapping[str, Any]) -> None:
+def _meet(arguments: Mapping[str, Any], settings: LiftConfig) -> None:
     """Join the other ranks as `deepspeed.initialize` would, before the first selection is dealt out to them."""
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(),
             distributed_port=arguments.get("distributed_port", TORCH_DISTRIBUTED_DEFAULT_PORT),
             dist_init_required=arguments.get("dist_init_required"),
+            # DeepSpeed's own limit may be shorter than what the setting allows.
+            timeout=timedelta(seconds=limit_of_collectives(settings.stall_timeout)),
         )
 
 

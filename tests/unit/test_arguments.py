@@ -199,7 +199,7 @@ def test_every_flag_of_lift_sets_the_setting_of_its_name() -> None:
         "criterion": "random", "gradient_batches": 2,
         "selection_tolerance": 0.1, "block_shape": (2, 4), "target_modules": ("q_proj", "v_proj"),
         "exclude_modules": ("head",), "extra_trainable": ("bias", "norm"), "index_placement": "replicated",
-        "refresh_memory_gib": 1.5, "stall_timeout": 60.0,
+        "refresh_memory_gib": 1.5, "stall_timeout": 60.0, "frozen_weights": "8",
     }  # fmt: skip
     flags: list[str] = []
     for name, value in wanted.items():

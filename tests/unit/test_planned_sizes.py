@@ -56,6 +56,7 @@ CASES: dict[str, tuple[LiftConfig, dict[str, Any]]] = {
         {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3},
     ),
 }
+CASES["copies"] = dataclasses.replace(ODD, frozen_weights="2"), {"model_type": "llama"}
 #: Mixtures of experts: the blocks of the first are leaf modules of ZeRO-3, those of the second are not.
 MIXTURES = {"mixtral": "MixtralForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 CASES |= {
@@ -69,7 +70,7 @@ CASES |= {
     for kind, kind_of_model in MIXTURES.items()
 }  # fmt: skip
 #: Stage of ZeRO, number of ranks, and the one of them that is looked at.
-RANKS = ((1, 2, 1), (2, 5, 4), (3, 2, 0), (3, 3, 2))
+RANKS = ((1, 2, 1), (2, 5, 4), (3, 2, 0), (3, 3, 2), (3, 4, 3))
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
 @pytest.fixture(scope="module", params=CASES)
 def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
     (stage, ranks), (config, changes) = place, CASES[request.param]
+    copies = stage == 3 and config.frozen_weights != "all"
+    if copies and ranks % 2:
+        pytest.skip("two ranks share a copy")
     sizes = {
         "hidden_size": 32, "intermediate_size": 76, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 97, "pad_token_id": 0, "architectures": ["LlamaForCausalLM"],
@@ -144,7 +148,8 @@ def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
     }  # fmt: skip
     engine = lift_ds.initialize(model=model, config=ds_config, resume=True)[0]  # sizes are all that is asked for
     facts = facts_of(settings.model_type, settings, build_on_meta(settings, config))
-    setting = setting_for(facts, config, Choice("lift", stage), ranks, device_type="cpu")
+    choice = Choice("lift", stage, copy_ranks=2 * copies)
+    setting = setting_for(facts, config, choice, ranks, device_type="cpu")
     return Planned(engine, config, facts, dataclasses.replace(setting, live=0))
 
 
@@ -172,18 +177,23 @@ def test_what_a_step_sends(planned: Planned) -> None:
         gathered = planned.index_bytes() if planned.config.index_placement == "sharded" else 0
         assert found == {"all_reduce": gradients, "all_gather": updated + ranks * gathered}
         return
-    # In backward and for the write-back, which takes θ too; what is dense beside in forward and in backward.
-    own = 2 * planned.index_bytes() + own_bytes(values) + 2 * own_bytes(planned.dense())
     # A leaf module is fetched with all that is in it: θ twice, the index once more than backward needs it.
     leaves = get_z3_leaf_modules(planned.engine.module)
     inside = [layer for leaf in leaves for _, layer in principal_weights(leaf)]
     assert bool(inside) == (planned.facts.name == "mixtral")
-    own += 2 * own_bytes(layer.principal_values for layer in inside)
-    own += own_bytes(layer.principal.index.words for layer in inside)
+    # For the write-back θ; what is dense beside in forward and in backward.
+    trained = own_bytes([*values, *planned.dense(), *planned.dense(), *2 * [one.principal_values for one in inside]])
+    # In backward and for the write-back.
+    index = 2 * planned.index_bytes() + own_bytes(layer.principal.index.words for layer in inside)
     # Backward needs every weight but the embeddings.
     weights = 2 * elements([*(layer.weight for layer in planned.layers), *planned.frozen()])
     weights -= elements([planned.engine.module.get_input_embeddings().weight])
-    assert found == {"reduce_scatter": gradients, "all_gather": 2 * weights + ranks * own}
+    sharers = 2 if planned.setting.copy_ranks else ranks
+    frozen, everywhere = 2 * weights + sharers * index, ranks * trained
+    if sharers == ranks:
+        assert found == {"reduce_scatter": gradients, "all_gather": everywhere + frozen}
+    else:
+        assert found == {"reduce_scatter": gradients, "all_gather": everywhere, "all_gather in node": frozen}
 
 
 def test_what_a_refresh_sends(planned: Planned) -> None:
@@ -193,14 +203,17 @@ def test_what_a_refresh_sends(planned: Planned) -> None:
     if planned.setting.stage < 3:
         expected = {"broadcast": words}
     else:
+        sharers = 2 if planned.setting.copy_ranks else ranks
+        end = " in node" if sharers < ranks else ""
+        alone = own_bytes(layer.weight for layer in layers if layer.matrices == 1)
         expected = {
-            "gather": ranks * own_bytes(layer.weight for layer in layers if layer.matrices == 1),
+            f"gather{end}": sharers * alone * sharers / ranks,  # one of the copies goes to an owner
             "broadcast": words + 2 * entries,
-            "all_gather": ranks * planned.index_bytes(),
+            f"all_gather{end}": sharers * planned.index_bytes(),
         }
         stacks = 2 * elements(layer.weight for layer in layers if layer.matrices > 1)
         if stacks:  # what the owner of a matrix does not hold, of all ranks together, on one of them
-            expected["send"] = stacks * (ranks - 1) / ranks / ranks
+            expected[f"send{end}"] = stacks * (sharers - 1) / sharers / ranks
     assert network_refresh(planned.setting) == expected
 
 
