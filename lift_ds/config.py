@@ -110,9 +110,9 @@ def _preset_or_names(name: str, value: Any) -> str | tuple[str, ...]:
 
 def _frozen_weights(name: str, value: Any) -> str:
     number = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if isinstance(number, str) and (number in ("all", "node") or (number.isdecimal() and int(number) > 0)):
+    if isinstance(number, str) and (number in ("auto", "all", "node") or (number.isdecimal() and int(number) > 0)):
         return number
-    raise ValueError(f"{name}={value!r} is neither all nor node nor a number of ranks such as 8")
+    raise ValueError(f"{name}={value!r} is none of auto, all and node, and no number of ranks such as 8")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
@@ -233,12 +233,12 @@ class LiftConfig:
         '`"replicated"`: every rank holds all of it, at 2 bytes an entry, and nothing is sent.',
     )
     frozen_weights: str = _setting(
-        "all",
+        "auto",
         _frozen_weights,
-        "Ranks that share a copy of the frozen weights in ZeRO-3: all, node, or how many in a row",
+        "Ranks that share a copy of the frozen weights in ZeRO-3: auto, all, node, or how many in a row",
         '`"all"`: each of N ranks holds 1/N. `"node"`: each node has a copy, and each of its n ranks holds 1/n of it. '
         "Then forward and backward fetch no weight from another node. A rank holds 2/n bytes of a weight in bf16. "
-        "Checkpoints are the same.",
+        'Checkpoints are the same. `"auto"` is `"node"` on several nodes if that takes at most half of a device.',
     )
     refresh_memory_gib: float | None = _setting(
         None,

@@ -24,7 +24,10 @@ import transformers
 
 from lift_ds import LiftConfig, cli
 from lift_ds.config import USUAL_DENSITY
+from lift_ds.planner.estimate import Choice, Cluster
+from lift_ds.planner.hardware import DEVICES
 from lift_ds.planner.models import ModelFacts, build_on_meta, facts_of, read_facts
+from lift_ds.planner.plan import Request, make_plan
 from lift_ds.planner.presets import PRESETS
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -111,10 +114,32 @@ def settings() -> str:
     return "\n".join(lines) + "\n"
 
 
+def nodes() -> str:
+    """Large models on several nodes of 8 x H100 in ZeRO-3, one sequence a rank, as `lift-ds plan` finds it."""
+    lines = ["| model | nodes | method | peak, GB | between nodes, GB a GPU | step, s |", "|---|---|---|---|---|---|"]
+    config = LiftConfig(density=USUAL_DENSITY)
+    for size in ("32B", "70B"):
+        facts = read_facts(size, config)
+        for count in (2, 4, 16):
+            cluster = Cluster(count, 8, DEVICES["h100"], 1000.0)
+            request = Request(batch=8 * count, sequence=2048, stages=(3,), offload=False)
+            for row in make_plan(facts, config, cluster, request).rows:
+                fits = "" if row.fits else ", does not fit"
+                cells = f"{row.peak / 1e9:.1f}{fits} | {row.between_nodes / 1e9:.1f} | {row.time.total:.2f}"
+                lines.append(f"| {size} | {count} | {_placed(row.choice)} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _placed(choice: Choice) -> str:
+    names = {"full": "full", "lora": "LoRA", "lift": "LIFT"}
+    return names[choice.method] + ", frozen weights within nodes" * bool(choice.copy_ranks)
+
+
 #: Name of a table -> what makes it.
 TABLES: dict[str, Callable[[], str]] = {
     "deltas": deltas,
     "footprint": footprint,
+    "nodes": nodes,
     "options": option_cases.table,
     "settings": settings,
     "shares": shares,

@@ -112,8 +112,8 @@ class Worker:
         more = {"overlap_comm": True, "contiguous_gradients": True}
         config = ds_config(cell.stage, cell.batch, sizes.bucket, live=0, **more)
         block: Record = {"density": sizes.density, "lra_rank": sizes.lora_rank, "refresh_interval": refresh_after}
-        if cell.method != cell.trained_by:
-            block["frozen_weights"] = "node"
+        if cell.trained_by == "lift":
+            block["frozen_weights"] = "all" if cell.method == "lift" else "node"
         return build_engine(model, cell.trained_by, sizes.lora_rank, config, block)
 
     def _count(self) -> Record:

@@ -38,7 +38,9 @@ def ds_file(plan: Plan, choice: Choice) -> dict[str, Any]:
         content["zero_force_ds_cpu_optimizer"] = False
     content["zero_optimization"] = _zero(plan, choice)
     if choice.method == "lift":
-        content[LIFT_BLOCK] = _lift_block(plan.config) | ({"frozen_weights": "node"} if choice.copy_ranks else {})
+        placed = {"frozen_weights": "node" if choice.copy_ranks else "all"}
+        several = choice.stage == 3 and plan.cluster.nodes > 1
+        content[LIFT_BLOCK] = _lift_block(plan.config) | (placed if several else {})
     content[TRAIN_DEFAULTS_BLOCK] = {
         "gradient_checkpointing": choice.checkpointing,
         "max_length": choice.sequence,

@@ -30,9 +30,10 @@ from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger
 from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
-from lift_ds.zero.node_shards import ALL, NodeShards
+from lift_ds.zero.node_shards import ALL, AUTO, NodeShards, placement_that_fits
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.options import refuse_pipeline
+from lift_ds.zero.partitioned import forget_second_copy
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watching import follow_training, watched_store
@@ -49,8 +50,8 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
 
     For loops of one's own, after the engine is built: `lift_ds.bind(engine, engine.optimizer)`, or with Accelerate
     `lift_ds.bind(model, optimizer)` of what `accelerator.prepare` returned. `lift_ds.initialize` and `LiftCallback`
-    do it by themselves. All ranks call. Collectives run only where `frozen_weights` is not "all": each frozen weight is
-    then gathered once, to give every node its copy.
+    do it by themselves. All ranks call. Collectives run only in ZeRO-3 where `frozen_weights` is not "all": hosts are
+    compared, and to give each of several nodes a copy each frozen weight is gathered once.
 
     Args:
         model: the model LIFT is attached to, or a wrapper of it such as DeepSpeed's engine.
@@ -82,7 +83,7 @@ def bind(model: nn.Module, optimizer: Any) -> Driver:
         optimizer.driver = driver  # type: ignore[attr-defined]
         follow_training(model, optimizer, driver)
         return driver
-    if attachment.config.frozen_weights != ALL and not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+    if attachment.config.frozen_weights not in (AUTO, ALL) and not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         logger.warning(
             "frozen_weights=%r is not applied: without ZeRO-3 every rank has all weights",
             attachment.config.frozen_weights,
@@ -130,8 +131,9 @@ def _shard_index(wrapper: Any, attachment: Attachment) -> ShardedIndex | None:
 
 def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachment) -> PrincipalStore:
     let_gradients_reach_leaves(model)
+    _refuse_two_copies(wrapper, attachment)
     frozen = FrozenShards(model.parameters())
-    nodes = _fill_nodes(model, attachment)
+    nodes = _fill_nodes(model, _placement(wrapper, model, attachment))
     prologue, epilogue = wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue
 
     def before_checkpoint() -> None:
@@ -145,17 +147,35 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachme
         if nodes is not None:
             nodes.fill_nodes()
         frozen.put_back()
+        for parameter in model.parameters():  # DeepSpeed's own epilogue leaves out the frozen ones
+            forget_second_copy(parameter)
         epilogue()
 
     wrapper.checkpoint_event_prologue, wrapper.checkpoint_event_epilogue = before_checkpoint, after_checkpoint
     return PartitionedParameterStore(wrapper)
 
 
-def _fill_nodes(model: nn.Module, attachment: Attachment) -> NodeShards | None:
+def _refuse_two_copies(wrapper: Any, attachment: Attachment) -> None:
+    frozen, size = attachment.config.frozen_weights, wrapper.zero_hpz_partition_size
+    if frozen not in (AUTO, ALL) and size > 1:
+        raise ValueError(
+            f"frozen_weights={frozen!r} and zero_hpz_partition_size={size} would each give a node a copy of the frozen "
+            "weights: leave the latter out, whose copy comes in addition to the shards"
+        )
+
+
+def _placement(wrapper: Any, model: nn.Module, attachment: Attachment) -> str:
+    """Return where frozen weights go: the setting, but for "auto"."""
+    if attachment.config.frozen_weights != AUTO:
+        return attachment.config.frozen_weights
+    return ALL if wrapper.zero_hpz_partition_size > 1 else placement_that_fits(model.parameters())
+
+
+def _fill_nodes(model: nn.Module, placement: str) -> NodeShards | None:
     """Give each node a copy of the frozen weights, if it is to have one and there are several."""
-    if attachment.config.frozen_weights == ALL:
+    if placement == ALL:
         return None
-    nodes = NodeShards(model.parameters(), attachment.config.frozen_weights)
+    nodes = NodeShards(model.parameters(), placement)
     if nodes.copies == 1:
         logger.info("frozen_weights=%r: all ranks are on one node, so it changes nothing", nodes.setting)
         return None

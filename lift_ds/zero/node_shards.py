@@ -12,11 +12,14 @@ and afterwards the nodes are filled again.
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import psutil
 import torch
 from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from lift_ds.model.partition import is_partitioned
@@ -24,7 +27,50 @@ from lift_ds.runtime.ranks import from_all
 from lift_ds.zero.partitioned import lives_on_nvme
 
 #: Values of the setting `frozen_weights` that are no number of ranks.
-ALL, NODE = "all", "node"
+AUTO, ALL, NODE = "auto", "all", "node"
+
+#: Of a rank's memory, what its part of a node's copy takes at most for AUTO to mean NODE. The rest is for activations
+#: and states, which nobody knows before the first step.
+SHARE_OF_MEMORY = 0.5
+
+
+def placement_that_fits(parameters: Iterable[Any]) -> str:
+    """Return what AUTO means for the parameters of a model: NODE on several nodes that have room for it, else ALL.
+
+    Args:
+        parameters: of the model. Those on a disk stay where they are.
+
+    Returns:
+        The same on every rank, all of which call; one all-gather.
+    """
+    frozen = _frozen_shards(parameters)
+    on_host = any(parameter.ds_tensor.device.type == "cpu" for parameter in frozen)
+    memory = psutil.virtual_memory().total if on_host else get_accelerator().total_memory()
+    of_ranks = from_all((socket.gethostname(), int(memory)))
+    if any(lives_on_nvme(parameter) for parameter in frozen):
+        return ALL
+    hosts = [host for host, _ in of_ranks]
+    sharing = Counter(hosts) if on_host else dict.fromkeys(hosts, 1)  # the ranks of a host have its memory together
+    of_each = [size // sharing[host] for host, size in of_ranks]
+    return fitting(hosts, of_each, sum(p.ds_numel * p.element_size() for p in frozen))
+
+
+def fitting(hosts: Sequence[str], memory: Sequence[int], size: int) -> str:
+    """Return NODE where each of several nodes has room for a copy, and as many ranks as the others; else ALL.
+
+    Args:
+        hosts: of each rank.
+        memory: bytes of each rank.
+        size: bytes of a copy.
+    """
+    ranks = Counter(hosts)
+    if len(ranks) == 1 or len({*ranks.values()}) > 1:
+        return ALL
+    return NODE if size / ranks[hosts[0]] <= SHARE_OF_MEMORY * min(memory) else ALL
+
+
+def _frozen_shards(parameters: Iterable[Any]) -> list[Any]:
+    return [p for p in parameters if not p.requires_grad and is_partitioned(p)]
 
 
 def ranks_of_nodes(setting: str, hosts: Sequence[str]) -> list[list[int]]:
@@ -69,7 +115,7 @@ class NodeShards:
     """
 
     def __init__(self, parameters: Iterable[Any], setting: str) -> None:
-        self._parameters = [p for p in parameters if not p.requires_grad and is_partitioned(p)]
+        self._parameters = _frozen_shards(parameters)
         on_disk = next((p for p in self._parameters if lives_on_nvme(p)), None)
         if on_disk is not None:
             raise ValueError(

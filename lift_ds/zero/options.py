@@ -92,12 +92,6 @@ REFUSED = (
     ),
     Refused("zero_optimization.offload_optimizer.ratio", lambda value: value not in (None, 1, 1.0), _CPU_ADAM),
     Refused(
-        "zero_optimization.zero_hpz_partition_size",
-        _above_one,
-        "LIFT writes the trained values into the shards of the weights and would leave the secondary copies behind; "
-        'leave it at 1, and give "frozen_weights": "node" in the "lift" block, which keeps the weights in the node too',
-    ),
-    Refused(
         "zero_optimization.zero_quantized_weights",
         _is_on,
         "it would round the index of the trained entries, which ZeRO-3 fetches as it does weights; leave it out",

@@ -193,6 +193,32 @@ def padded(parameter: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         yield fill
 
 
+@contextmanager
+def _written(parameter: Any) -> Iterator[list[tuple[Tensor, int]]]:
+    """What this rank holds of a partitioned parameter, to be written into: flat parts, and where each begins.
+
+    With `zero_hpz_partition_size` those are two: the shard, and a part of a second copy, from which DeepSpeed fetches a
+    frozen parameter as long as it is there.
+    """
+    start, stop = shard_range(parameter)
+    with shard_in_memory(parameter, write=True) as shard:
+        parts = [(shard[: stop - start], start)]
+        second = parameter.ds_secondary_tensor
+        if second is not None:
+            start = torch.distributed.get_rank(group=parameter.ds_zero_param_process_group) * second.numel()
+            parts.append((second[: max(0, parameter.ds_numel - start)], start))
+        yield parts
+
+
+def forget_second_copy(parameter: Any) -> None:
+    """Let DeepSpeed fetch a partitioned parameter from the shards of all ranks next time, and make the copy anew.
+
+    Args:
+        parameter: one whose shards have changed, or have been loaded; without a second copy nothing happens.
+    """
+    parameter.ds_secondary_tensor = None
+
+
 @torch.no_grad()
 def assign(parameter: Any, value: Tensor) -> None:
     """Set a parameter from a whole value every rank has: all of it, or this rank's shard; no collective runs.
@@ -204,9 +230,9 @@ def assign(parameter: Any, value: Tensor) -> None:
     if not is_partitioned(parameter):
         parameter.copy_(value.view_as(parameter))
         return
-    start, stop = shard_range(parameter)
-    with shard_in_memory(parameter, write=True) as shard:
-        shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+    with _written(parameter) as parts:
+        for part, start in parts:
+            part.copy_(value.reshape(-1)[start : start + part.numel()])
     if parameter.ds_status is ZeroParamStatus.AVAILABLE:  # small ones stay whole between steps
         parameter.copy_(value.view_as(parameter))
 
@@ -220,9 +246,9 @@ def put_values_in_shard(weight: Any, index: CompactIndex, values: Tensor) -> Non
         index: whole.
         values: whole [k].
     """
-    start, stop = shard_range(weight)
-    with shard_in_memory(weight, write=True) as shard:
-        access_to(index.to(shard.device)).put(shard[: stop - start], start, values.to(shard.device))
+    with _written(weight) as parts:
+        for part, start in parts:
+            access_to(index.to(part.device)).put(part, start, values.to(part.device))
     if weight.ds_status is ZeroParamStatus.AVAILABLE:
         access_to(index).put(weight.view(-1), 0, values)
 

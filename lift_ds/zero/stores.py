@@ -43,6 +43,7 @@ from lift_ds.refresh.store import (
 from lift_ds.zero.partitioned import (
     assign,
     empty_if_partitioned,
+    forget_second_copy,
     gathered,
     gathered_to,
     padded,
@@ -383,6 +384,8 @@ class PartitionedParameterStore(_RankedStore):
         start, stop = shard_range(parameter)
         with shard_in_memory(parameter, write=write) as shard:
             yield shard.data[: stop - start], start
+        if write:
+            forget_second_copy(parameter)
 
     def drop_gathered(self) -> None:
         """As DeepSpeed does before each step; also small parameters, which stay whole between steps, and those that are

@@ -1,4 +1,4 @@
-"""Options of a DeepSpeed file that are tried with LIFT, and the table of them in the documentation.
+"""Every option of a DeepSpeed file: those tried with LIFT, the others, and the table of all in the documentation.
 
 An option works if five steps with two refreshes end as they do without it: with `EXACT` in the same indices, and in
 losses and weights within a tolerance; with `OWN_ARITHMETIC`, which it has by its nature, in losses near those, and with
@@ -53,6 +53,10 @@ def _zero(key: str, value: Any, stages: tuple[int, ...], **more: Any) -> Option:
 
 
 _OFFLOAD = {"device": "cpu"}
+_HPZ = (
+    "on four ranks too, to the bit; `frozen_weights` in the `lift` block keeps frozen weights within a node at less "
+    "memory, and the two are refused together"
+)
 
 OPTIONS = (
     _zero("round_robin_gradients", True, (1, 2), remark="also in bf16, with offload and on four ranks"),
@@ -79,6 +83,7 @@ OPTIONS = (
     _zero("stage3_module_granularity_threshold", 300, (3,)),
     _zero("leaf_module", {"classes": ["LlamaDecoderLayer"]}, (3,), remark="`set_z3_leaf_modules` likewise"),
     _zero("memory_efficient_linear", False, (3,)),
+    _zero("zero_hpz_partition_size", 2, (3,), remark=_HPZ),
     _zero("enable_sanity_checks", True, (3,)),
     _zero("zero_quantized_gradients", True, (3,), bf16=True),
     Option("data_types.grad_accum_dtype", "fp32", (1, 2, 3), bf16=True),
@@ -97,6 +102,78 @@ OPTIONS = (
     ),
 )
 
+#: Options that are tried together, in one run a stage.
+TOGETHER = (
+    _zero("load_from_fp32_weights", False, (1, 2)),
+    _zero("stage3_model_persistence_threshold", 10_000, (3,)),
+    _zero("stage3_gather_16bit_weights_on_model_save", True, (3,)),
+    _zero("override_module_apply", False, (3,)),
+    _zero("log_trace_cache_warnings", True, (3,)),
+    Option("disable_allgather", True, (1, 2, 3)),
+    Option("disable_python_gc", True, (1, 2, 3)),
+    Option("dataloader_drop_last", True, (1, 2, 3)),
+    Option("managed_gradient_accumulation", False, (1, 2, 3)),
+    Option("memory_breakdown", True, (1, 2, 3)),
+    Option("dump_state", True, (1, 2, 3)),
+    Option("timers", {"throughput": {"enabled": False}}, (1, 2, 3)),
+    Option("comms_logger", {"enabled": True, "verbose": False}, (1, 2, 3)),
+    Option("prescale_gradients", True, (1,)),
+    Option("gradient_predivide_factor", 2.0, (1,)),
+)
+
+_PARITY, _BEHAVIOUR = "`tests/distributed/test_parity.py`", "`tests/distributed/test_behaviour.py`"
+_NVME, _CHECKPOINTS = "`tests/distributed/test_nvme.py`", "`tests/distributed/test_checkpoints.py`"
+_NO_EFFECT = "does not meet LIFT: "
+
+#: Key of an option that has tests elsewhere, or needs none -> what there is to say.
+ELSEWHERE = {
+    "zero_optimization.stage": f"0 to 3 train as Algorithm 1 does ({_PARITY})",
+    "train_batch_size": f"as always ({_PARITY})",
+    "train_micro_batch_size_per_gpu": f"as always ({_PARITY})",
+    "gradient_accumulation_steps": f"as always ({_PARITY})",
+    "bf16": f"trains as Algorithm 1 does in bfloat16 ({_PARITY})",
+    "fp16": "a skipped step changes nothing; not tried on a GPU",
+    "scheduler": f"as always ({_BEHAVIOUR})",
+    "optimizer": "refused: LIFT brings LiftAdamW, whose settings belong into the `lift` block",
+    "zero_allow_untested_optimizer": "`lift_ds.initialize` sets it to true",
+    "zero_force_ds_cpu_optimizer": "`lift_ds.initialize` sets it to false",
+    "zero_optimization.offload_param.nvme_path": f"weights on a disk train as in memory ({_NVME})",
+    "zero_optimization.offload_optimizer.nvme_path": f"states on a disk train as in memory ({_NVME})",
+    "aio": f"of a disk ({_NVME})",
+    "compile": "`engine.compile()` trains the same (`tests/distributed/test_options.py`)",
+    "checkpoint.load_universal": f"goes on with other ranks ({_CHECKPOINTS})",
+    "activation_checkpointing": f"{_NO_EFFECT}for models that call `deepspeed.checkpointing`",
+    "zero_optimization.legacy_stage1": "DeepSpeed refuses it",
+    "zero_optimization.cpu_offload": "DeepSpeed takes it for `offload_optimizer`",
+    "zero_optimization.cpu_offload_param": "DeepSpeed takes it for `offload_param`",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed has left it",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "DeepSpeed takes it for the option of 16 bits",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": f"{_NO_EFFECT}Muon's",
+    "zero_optimization.pipeline_loading_checkpoint": f"{_NO_EFFECT}pipelines are refused",
+    "pipeline": f"{_NO_EFFECT}pipelines are refused",
+    "data_efficiency": f"{_NO_EFFECT}it chooses rows and tokens",
+    "seq_parallel_communication_data_type": f"{_NO_EFFECT}activations are sent in it",
+    "weight_quantization": f"{_NO_EFFECT}for inference",
+    "use_data_before_expert_parallelism": f"{_NO_EFFECT}expert parallelism is refused",
+    "datastates_ckpt": "refused: a checkpoint writer that goes on after a save has returned",
+    "autotuning": f"{_NO_EFFECT}it starts trainings with other options",
+    **dict.fromkeys(
+        ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "steps_per_print", "log_level"),
+        f"{_NO_EFFECT}it reports",
+    ),
+    "vocabulary_size": f"{_NO_EFFECT}it warns of sizes that are no multiple",
+    **{
+        f"zero_optimization.offload_{what}.{name}": f"{_NO_EFFECT}how what is offloaded is kept"
+        for what, names in {
+            "param": ("buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
+            "optimizer": (
+                "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "cpuadam_cores_perc",
+            ),
+        }.items()
+        for name in names
+    },
+}  # fmt: skip
+
 #: Key of a refused option -> a value with which it is refused.
 REFUSED_VALUES: dict[str, Any] = {
     "tensor_parallel": {"autotp_size": 2},
@@ -106,7 +183,6 @@ REFUSED_VALUES: dict[str, Any] = {
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.offload_optimizer.super_offload": True,
     "zero_optimization.offload_optimizer.ratio": 0.5,
-    "zero_optimization.zero_hpz_partition_size": 2,
     "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
     "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
@@ -117,12 +193,13 @@ REFUSED_VALUES: dict[str, Any] = {
 def table() -> str:
     """Return the table of the documentation: what was tried, and what is refused and why."""
     lines = ["| option | ZeRO stages | |", "|---|---|---|"]
-    for option in OPTIONS:
+    for option in (*OPTIONS, *TOGETHER):
         stages = ", ".join(map(str, option.stages))
         remark = f"; {option.remark}" if option.remark else ""
         lines.append(f"| `{_json(option.key, option.value)}` | {stages} | {option.outcome}{remark} |")
     for refused in REFUSED:
         lines.append(f"| `{_json(refused.key, REFUSED_VALUES[refused.key])}` | any | refused: {refused.why} |")
+    lines += [f"| `{key}` | any | {said} |" for key, said in ELSEWHERE.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -182,7 +182,7 @@ def test_shipped_files_work_as_they_are(ranks: list[Results]) -> None:
     [
         ("unbound", ["RuntimeError", "not active", "lift_ds.initialize"]),
         ("foreign_optimizer", ["ValueError", "does not train the principal values of 14 matrices"]),
-        ("secondary_copies", ["ValueError", "zero_optimization.zero_hpz_partition_size=2"]),
+        ("two_copies", ["ValueError", "frozen_weights='2' and zero_hpz_partition_size=2", "leave the latter out"]),
         ("other_model", ["ValueError", "lift.json", "another model", "mlp.", "[80, 32]", "[96, 32]"]),
         ("nothing_saved", ["ValueError", "latest is missing"]),
         ("not_finite", ["ValueError", "model.layers.", ".weight", "NaN"]),

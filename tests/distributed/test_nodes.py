@@ -4,13 +4,14 @@ the bit, on four ranks of which two each act as a node; checkpoints that go with
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
 
-from lift_ds.zero.node_shards import ranks_of_nodes
+from lift_ds.zero.node_shards import fitting, ranks_of_nodes
 
 Results = dict[str, Any]
 
@@ -51,6 +52,26 @@ def test_a_checkpoint_has_one_copy_and_gives_the_plain_model(ranks: list[Results
         assert max(found["files"] for found in runs) < 1.1 * min(found["files"] for found in runs)
 
 
+@pytest.mark.slow
+def test_two_nodes_then_one_then_three(tmp_path: Path) -> None:
+    """Of two ranks each, through universal checkpoints, the first right after a refresh: as one run on one copy."""
+    whole = run_ranks("nodes", 4, tmp_path, "piece", "all", "0", "9", "", "")[0]
+    pieces = [
+        run_ranks("nodes", ranks, tmp_path, "piece", "2", *steps)[0]
+        for ranks, *steps in (
+            (4, "0", "3", "", "two"),
+            (2, "3", "5", "two_universal", "one"),
+            (6, "5", "9", "one_universal", ""),
+        )
+    ]
+    # Gradients are summed over other numbers of ranks, in float32.
+    assert [loss for found in pieces for loss in found["losses"]] == pytest.approx(whole["losses"], rel=1e-6)
+    for key, index in whole["indices"].items():
+        assert torch.equal(pieces[-1]["indices"][key], index), key
+    for key, weight in whole["weights"].items():
+        torch.testing.assert_close(pieces[-1]["weights"][key], weight, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("setting", "hosts", "nodes"),
     [
@@ -62,6 +83,22 @@ def test_a_checkpoint_has_one_copy_and_gives_the_plain_model(ranks: list[Results
 )
 def test_ranks_share_a_copy_by_their_hosts_or_by_number(setting: str, hosts: str, nodes: list[list[int]]) -> None:
     assert ranks_of_nodes(setting, [*hosts]) == nodes
+
+
+@pytest.mark.parametrize(
+    ("hosts", "memory", "size", "placement"),
+    [
+        ("aabb", [80, 80, 80, 80], 80, "node"),
+        ("aabb", [80, 80, 80, 79], 80, "all"),  # half of the smallest is less than half a copy
+        ("aabb", [80, 80, 80, 80], 81, "all"),
+        ("aaaa", [80, 80, 80, 80], 8, "all"),  # one node
+        ("aab", [80, 80, 80], 8, "all"),  # nodes of other sizes
+    ],
+)
+def test_by_default_nodes_have_copies_that_take_half_a_device_at_most(
+    hosts: str, memory: list[int], size: int, placement: str
+) -> None:
+    assert fitting([*hosts], memory, size) == placement
 
 
 def test_nodes_of_other_sizes_are_refused() -> None:

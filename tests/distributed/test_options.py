@@ -13,10 +13,16 @@ import pytest
 import torch
 from cases import build
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime import config as ds_config
 from deepspeed.runtime.superoffload.superoffload_stage3 import SuperOffloadOptimizer_Stage3
 from deepspeed.runtime.zenflow.zenflow_stage_1_and_2 import ZenFlowZeroOptimizer
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 from harness import run_ranks
-from option_cases import EXACT, OPTIONS, REFUSED_VALUES, Option
+from option_cases import ELSEWHERE, EXACT, OPTIONS, REFUSED_VALUES, TOGETHER, Option
 from torch import nn
 
 import lift_ds
@@ -84,6 +90,56 @@ def check_equal(found: Results, expected: Results) -> None:
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_options_that_work_together_change_nothing(stage: int, runs: Results) -> None:
+    check_equal(runs[f"together stage {stage}"], runs[f"fp32 stage {stage}"])
+
+
+class Asked(dict[str, Any]):
+    """A configuration that takes note of what it is asked for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.keys_asked: set[str] = set()
+
+    def keys(self) -> Any:
+        return self
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+
+def options_of_deepspeed() -> set[str]:
+    """What this version of DeepSpeed looks for in a file, but for what it refuses itself."""
+    asked = Asked(train_batch_size=1)
+    ds_config.DeepSpeedConfig(asked)
+    found = asked.keys_asked - {*ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS}
+    zero = "zero_optimization"
+    found |= {f"{zero}.{field.alias or name}" for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    for what, kind in (("param", DeepSpeedZeroOffloadParamConfig), ("optimizer", DeepSpeedZeroOffloadOptimizerConfig)):
+        found |= {f"{zero}.offload_{what}.{name}" for name in kind.model_fields if name != "device"}
+    return found
+
+
+def test_the_table_has_every_option_of_deepspeed() -> None:
+    """A new version with a new option needs a new row; so does a spelling that no version knows."""
+    rows = [option.key for option in (*OPTIONS, *TOGETHER)] + [option.key for option in REFUSED] + [*ELSEWHERE]
+    named = {*rows} | {key.split(".")[0] for key in rows} | {"bfloat16"}  # an old name of bf16
+    missing = options_of_deepspeed() - named
+    assert not missing
+    unknown = {key for key in rows if key.startswith("zero_optimization.")} - options_of_deepspeed()
+    assert not unknown
+
+
 ROUND_ROBIN = [f"stage {s} bf16 {b} offload {o}" for s in (1, 2) for b in (False, True) for o in (False, True)]
 
 
@@ -147,7 +203,7 @@ def test_an_option_that_is_not_supported_is_refused_by_its_key(refused: Any) -> 
         {"tensor_parallel": {"autotp_size": 1}, "expert_parallel": {"enabled": False}},
         {"compile": {"deepcompile": False}, "hybrid_engine": {"enabled": False}},
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": False, "ratio": 1.0}}},
-        {"zero_optimization": {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zenflow": None}},
+        {"zero_optimization": {"zero_quantized_weights": False, "zenflow": None}},
         {"zero_optimization": True, "bf16": {"enabled": "auto"}},
     ],
     ids=str,

@@ -131,7 +131,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
 @pytest.fixture(scope="module", params=CASES)
 def planned(request: pytest.FixtureRequest, place: tuple[int, int]) -> Planned:
     (stage, ranks), (config, changes) = place, CASES[request.param]
-    copies = stage == 3 and config.frozen_weights != "all"
+    copies = stage == 3 and config.frozen_weights not in ("auto", "all")
     if copies and ranks % 2:
         pytest.skip("two ranks share a copy")
     sizes = {

@@ -340,9 +340,9 @@ def refusals(folder: str) -> dict[str, str]:
         optimizer = torch.optim.AdamW([model.model.norm.weight.requires_grad_(True)])
         lift_ds.initialize(model=model, optimizer=optimizer, config=engines.ds_config(2))
 
-    def secondary_copies() -> None:
+    def two_copies() -> None:
         zero = {"stage": 3, "zero_hpz_partition_size": 2}
-        start(3, zero_optimization=zero)
+        start(3, zero_optimization=zero, settings=replace(SETTINGS, frozen_weights="2"))
 
     def other_model() -> None:
         engine, _ = start(2)
@@ -363,7 +363,7 @@ def refusals(folder: str) -> dict[str, str]:
         driver = driver_of(engine)
         driver._refresh(3, driver.plan.due(3))
 
-    for action in (unbound, foreign_optimizer, secondary_copies, other_model, nothing_saved, not_finite):
+    for action in (unbound, foreign_optimizer, two_copies, other_model, nothing_saved, not_finite):
         found[action.__name__] = engines.message_of(action)
     return found
 

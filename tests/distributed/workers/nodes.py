@@ -27,10 +27,16 @@ SETTINGS = lift_ds.LiftConfig(
 STEPS, CUT = 8, 4
 
 
+#: In the place of a setting of `frozen_weights`: DeepSpeed's own copies, for two ranks each.
+HPZ = "hpz"
+
+
 def start(kind: str, frozen: str, **options: Any) -> Any:
     """An engine in ZeRO-3; the smallest parameters stay whole between steps."""
     config = engines.ds_config(3, **options)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 50
+    if frozen == HPZ:
+        frozen, config["zero_optimization"]["zero_hpz_partition_size"] = "all", 2
     dtype = torch.bfloat16 if options.get("bf16") else torch.float32
     return engines.lift_engine(cases.build(kind, dtype), config, replace(SETTINGS, frozen_weights=frozen))
 
@@ -76,9 +82,27 @@ def resumed(kind: str, saved_with: str, resumed_with: str, folder: str, *, unive
     return found
 
 
+def piece(folder: str, frozen: str, begin: str, end: str, load: str, save: str) -> dict[str, Any]:
+    """Some steps of a run that goes on with other ranks, through universal checkpoints; each rank has whole rows."""
+    cases.GLOBAL_BATCH = 12
+    engine = start("llama", frozen)
+    if load:
+        engine.load_checkpoint(folder, load)
+    losses = engines.train(engine, "llama", range(int(begin), int(end)))
+    found = {"losses": losses, "weights": engines.whole_weights(engine.module)}
+    found["indices"] = engines.whole_indices(engine.module)
+    if save:
+        engine.save_checkpoint(folder, save)
+        if dist.get_rank() == 0:
+            convert(Path(folder) / save, Path(folder) / f"{save}_universal")
+        dist.barrier()
+    engine.destroy()
+    return found
+
+
 def few(folder: str) -> dict[str, Any]:
     """One run within nodes and one without, and one that changes from the first way to the second."""
-    found = {f"llama {frozen}": run("llama", frozen, bf16=True) for frozen in ("all", "2")}
+    found = {f"llama {frozen}": run("llama", frozen, bf16=True) for frozen in ("all", "2", HPZ)}
     return found | {"llama saved 2 loaded all": resumed("llama", "2", "all", folder)}
 
 
@@ -88,7 +112,8 @@ def every(folder: str) -> dict[str, Any]:
     for kind, options in {"llama": {"bf16": True}, "mixtral": {}, "gpt_oss": {"offload": True}}.items():
         for frozen in ("all", "2"):
             found[f"{kind} {frozen}"] = run(kind, frozen, **options)
-    for saved, loaded in (("2", "2"), ("all", "2")):
+    found["mixtral hpz"] = run("mixtral", HPZ)
+    for saved, loaded in (("2", "2"), ("all", "2"), (HPZ, HPZ)):
         found[f"llama saved {saved} loaded {loaded}"] = resumed("llama", saved, loaded, folder)
     found["llama universal"] = resumed("llama", "2", "2", folder, universal=True)
     return found
@@ -96,5 +121,5 @@ def every(folder: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     engines.start()
-    folder, which = sys.argv[1:]
-    engines.finish(folder, {"few": few, "every": every}[which](folder))
+    folder, which, *arguments = sys.argv[1:]
+    engines.finish(folder, {"few": few, "every": every, "piece": piece}[which](folder, *arguments))

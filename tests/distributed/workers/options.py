@@ -14,7 +14,7 @@ import deepspeed
 import engines
 import torch
 import torch.distributed as dist
-from option_cases import OPTIONS, Option
+from option_cases import OPTIONS, TOGETHER, Option
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -59,6 +59,9 @@ def every_option() -> dict[str, Any]:
             if without not in results:
                 results[without] = train(stage, bf16=option.bf16)
             results[option.case(stage)] = train(stage, option, bf16=option.bf16)
+    for stage in (1, 2, 3):
+        together = [option for option in TOGETHER if stage in option.stages]
+        results[f"together stage {stage}"] = train(stage, *together, bf16=False)
     return results
 
 
