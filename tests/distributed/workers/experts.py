@@ -5,6 +5,7 @@ experts.py FOLDER JOB...     few; every; whole; or a piece of a run in ZeRO-3, F
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,10 @@ FEW = replace(SETTINGS, budget_rank=None, density=0.02)
 
 def alive_in_backward(stage: int, kind: str) -> dict[str, Any]:
     """The third step: how many tensors as large as a stack are alive beside the parameters, when the gradient of each
-    stack is there, and after the backward and the step.
+    stack is there, and after the backward and the step. What earlier runs have left in the process does not count.
     """
+    gc.collect()
+    left = {storage.data_ptr() for storage in walk_storages()}
     model = cases.small_experts(kind, experts=16)
     engine, _ = start(stage, model=model, settings=FEW, zero_optimization=SMALL[stage])
     engines.train(engine, kind, range(2))
@@ -46,7 +49,7 @@ def alive_in_backward(stage: int, kind: str) -> dict[str, Any]:
 
     def large() -> int:
         held = [tensor for p in model.parameters() for tensor in (p, getattr(p, "ds_tensor", p))]
-        own = {tensor.untyped_storage().data_ptr() for tensor in held}
+        own = left | {tensor.untyped_storage().data_ptr() for tensor in held}
         storages = {s.data_ptr(): s.nbytes() for s in (*ledger.live_storages(), *walk_storages())}
         return sum(size >= least and pointer not in own for pointer, size in storages.items())
 
