@@ -2,7 +2,7 @@
 
     deepspeed (the command)  ->  [pdsh -> ssh -> sshd ->]  deepspeed.launcher.launch (one a node)  ->  the ranks
     torchrun (one a node)    ->  the ranks
-    mpirun, srun             ->  the ranks, which have to ask which ones they are
+    mpirun, mpiexec, srun    ->  the ranks, which have to ask which ones they are
 
 DeepSpeed 0.19's command passes no signal on: ended alone (`kill PID`, a scheduler, a closing wrapper) it leaves the
 node launchers training on, their ports and devices held. A node launcher does pass a signal on to its ranks.
@@ -23,6 +23,14 @@ import psutil
 
 from lift_ds.runtime.ports import free_port
 
+#: How many ranks an MPI's launcher has started on this node -> which one this is, and how many there are: Open MPI;
+#: MPICH and those made of it (Intel MPI, MVAPICH); HPE's PALS. SLURM sets PMI_RANK too, but none of the first ones.
+_MPI_RANKS = {
+    "OMPI_COMM_WORLD_LOCAL_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "MPI_LOCALNRANKS": ("PMI_RANK", "PMI_SIZE"),
+    "PMI_LOCAL_SIZE": ("PMI_RANK", "PMI_SIZE"),
+}
+
 #: Seconds between two looks.
 _INTERVAL = 1.0
 
@@ -32,32 +40,34 @@ _NODE_LAUNCHER, _COMMAND = "deepspeed.launcher.launch", ("deepspeed", "ds", "dee
 def count_local_ranks() -> None:
     """Set LOCAL_SIZE, by which DeepSpeed counts the devices of a CPU machine. Call it before DeepSpeed is imported.
 
-    torchrun, mpirun and srun have other names for it.
+    torchrun, mpirun, mpiexec and srun have other names for it.
     """
-    named = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    named = ("LOCAL_WORLD_SIZE", *_MPI_RANKS, "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
     found = (os.environ[name] for name in named if os.environ.get(name))
     os.environ.setdefault("LOCAL_SIZE", next(found, "1"))
 
 
 def find_ranks() -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where `mpirun` or `srun` started this process.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT where an MPI or `srun` started this process.
 
-    DeepSpeed's command and torchrun have set them already. Under mpirun all ranks call this together: rank 0 chooses a
-    free port, and MPI sends the port and the address of rank 0 to the others. MPI is not used again.
+    DeepSpeed's command and torchrun have set them already. Under an MPI's launcher all ranks call this together: rank 0
+    chooses a free port, and MPI sends the port and the address of rank 0 to the others. MPI is not used again.
 
     Raises:
-        ValueError: mpi4py is missing, or nobody has named the node of rank 0.
+        ValueError: mpi4py is missing or belongs to another MPI, or nobody has named the node of rank 0.
     """
     if "RANK" in os.environ:
         return
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        os.environ["RANK"] = os.environ["OMPI_COMM_WORLD_RANK"]  # for who speaks, if what comes now fails
-        os.environ.update(_of_mpi())
+    of_mpi = next((names for local, names in _MPI_RANKS.items() if local in os.environ), None)
+    if of_mpi is not None:
+        rank, count = (os.environ[name] for name in of_mpi)
+        os.environ["RANK"] = rank  # for who speaks, if what comes now fails
+        os.environ.update(_of_mpi(int(count)))
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         os.environ.update(_of_slurm(os.environ))
 
 
-def _of_mpi() -> dict[str, str]:
+def _of_mpi(count: int) -> dict[str, str]:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library that it could load
@@ -65,6 +75,11 @@ def _of_mpi() -> dict[str, str]:
         raise ValueError(f"ranks that mpirun starts need mpi4py ({reason}): pip install 'lift_ds[mpi4py]'") from error
 
     world = MPI.COMM_WORLD
+    if world.size != count:
+        raise ValueError(
+            f"mpi4py uses {MPI.get_vendor()[0]}, which is not the MPI whose launcher started these {count} ranks, so "
+            "each takes itself to be alone: load that MPI's module, or name its library in MPI4PY_LIBMPI"
+        )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_machine = local.size == world.size
     meeting = world.bcast((own_address(one_machine), str(free_port())) if world.rank == 0 else None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.setenv(name, "")  # so that it is restored at the end
         monkeypatch.delenv(name)
     for name in os.environ:
-        if name.startswith(("OMPI_", "SLURM_", "TORCHELASTIC_")):
+        if name.startswith(("OMPI_", "MPI_", "PMI_", "SLURM_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)
     return monkeypatch
 
@@ -59,20 +60,36 @@ def test_one_process_within_a_job_stays_one(environment: pytest.MonkeyPatch, tas
     assert "RANK" not in os.environ
 
 
+_OPEN_MPI = {"OMPI_COMM_WORLD_LOCAL_SIZE": 2, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_RANK": 1}
+_MPICH = {"MPI_LOCALNRANKS": 2, "PMI_SIZE": 2, "PMI_RANK": 1, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 0}
+
+
 def test_a_rank_that_is_known_is_kept(environment: pytest.MonkeyPatch) -> None:
     """torchrun within srun, or within mpirun, has the word."""
-    _set(environment, RANK=5, SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=1, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_RANK=1)
+    _set(environment, RANK=5, SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=1, **_OPEN_MPI)
     launcher.find_ranks()
     assert os.environ["RANK"] == "5"
 
 
-def test_mpirun_without_mpi4py_is_refused(environment: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variables", [_OPEN_MPI, _MPICH], ids=["Open MPI", "MPICH within SLURM"])
+def test_an_mpi_without_mpi4py_is_refused(environment: pytest.MonkeyPatch, variables: dict[str, int]) -> None:
     """The error says what to install; the rank is known by then, so that one alone says it."""
-    _set(environment, OMPI_COMM_WORLD_SIZE=2, OMPI_COMM_WORLD_RANK=1)
+    _set(environment, **variables)
     environment.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ValueError, match=r"pip install 'lift_ds\[mpi4py\]'"):
         launcher.find_ranks()
     assert os.environ["RANK"] == "1"
+
+
+def test_an_mpi4py_of_another_mpi_is_refused(environment: pytest.MonkeyPatch) -> None:
+    """It would take each rank to be alone. In a process of its own, which begins with MPI."""
+    _set(environment, **_MPICH)
+    command = [sys.executable, "-c", "from lift_ds.training.launcher import find_ranks; find_ranks()"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stderr
+    if "need mpi4py" in said:
+        pytest.skip("there is no mpi4py, or no MPI")
+    assert "is not the MPI whose launcher started these 2 ranks" in said
+    assert "MPI4PY_LIBMPI" in said
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1"])
