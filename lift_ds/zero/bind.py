@@ -30,7 +30,7 @@ from lift_ds.runtime import watchdog
 from lift_ds.runtime.logs import get_logger
 from lift_ds.zero.fragments import link_in_flat_order
 from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
-from lift_ds.zero.node_shards import ALL, AUTO, NodeShards, placement_that_fits
+from lift_ds.zero.node_shards import ALL, AUTO, NODE, NodeShards, placement_that_fits
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.options import refuse_pipeline
 from lift_ds.zero.partitioned import forget_second_copy
@@ -180,7 +180,8 @@ def _fill_nodes(model: nn.Module, placement: str) -> NodeShards | None:
         logger.info("frozen_weights=%r: all ranks are on one node, so it changes nothing", nodes.setting)
         return None
     nodes.fill_nodes()
-    logger.info("frozen weights: %d copies, each shared by %d ranks", nodes.copies, nodes.sharers)
+    kind = "nodes" if placement == NODE else f"groups of {nodes.sharers} ranks"
+    logger.info("frozen weights: each of %d %s has a copy, a rank 1/%d of it", nodes.copies, kind, nodes.sharers)
     return nodes
 
 

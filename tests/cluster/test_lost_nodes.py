@@ -19,6 +19,8 @@ pytestmark = pytest.mark.cluster
 #: Long enough for a node to be lost between the checkpoints.
 LONGER = (*FLAGS, "--max_steps", 60, "--save_steps", 20, "--stall_timeout", 20)
 
+_ZERO3 = {"DS_CONFIG": "ds_configs/lift_zero3.json"}
+
 #: Seconds from the loss of a node to the end of what was started: the larger of the two limits, and ending.
 NOTICED = 75.0
 
@@ -26,9 +28,17 @@ NOTICED = 75.0
 @pytest.fixture(scope="module")
 def undisturbed(_hosts: Cluster, given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same training on two ranks of one node."""
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    variables = given.variables(output, GPUS_PER_NODE="2")
-    ended = _hosts.run(1, ["launch/one_machine.sh", *LONGER], **variables)
+    return _undisturbed(_hosts, given, tmp_path_factory.mktemp("undisturbed") / "out")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_zero3(_hosts: Cluster, given: Given, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in ZeRO-3."""
+    return _undisturbed(_hosts, given, tmp_path_factory.mktemp("undisturbed_zero3") / "out", **_ZERO3)
+
+
+def _undisturbed(hosts: Cluster, given: Given, output: Path, **more: str) -> Path:
+    ended = hosts.run(1, ["launch/one_machine.sh", *LONGER], **given.variables(output, GPUS_PER_NODE="2", **more))
     assert ended.code == 0, ended.text
     return output
 
@@ -97,10 +107,13 @@ def test_pdsh_ends_and_continues(cluster: Cluster, given: Given, tmp_path: Path,
     _check_same(output, undisturbed)
 
 
-def test_torchrun_ends_and_continues(cluster: Cluster, given: Given, tmp_path: Path, undisturbed: Path) -> None:
-    """The command on the node that is left ends with an error in time; the same commands continue."""
+def test_torchrun_ends_and_continues(cluster: Cluster, given: Given, tmp_path: Path, undisturbed_zero3: Path) -> None:
+    """The command on the node that is left ends with an error in time; the same commands continue.
+
+    In ZeRO-3, where each node has a copy of the frozen weights.
+    """
     output = tmp_path / "out"
-    variables = given.variables(output, NODES="2", HEAD="node1", GPUS_PER_NODE="1")
+    variables = given.variables(output, NODES="2", HEAD="node1", GPUS_PER_NODE="1", **_ZERO3)
 
     def start() -> list:
         return [cluster.start(node, ["launch/torchrun.sh", *LONGER], **variables) for node in (1, 2)]
@@ -115,7 +128,7 @@ def test_torchrun_ends_and_continues(cluster: Cluster, given: Given, tmp_path: P
         for one in running:
             one.kill()
         cluster.bring_back(2)
-    for one in start():
-        again = one.wait()
-        assert again.code == 0, again.text
-    _check_same(output, undisturbed)
+    ended = [one.wait() for one in start()]
+    assert [one.code for one in ended] == [0, 0], ended[0].text
+    assert "frozen weights: each of 2 nodes has a copy" in ended[0].text
+    _check_same(output, undisturbed_zero3)

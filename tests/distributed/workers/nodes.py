@@ -33,12 +33,18 @@ HPZ = "hpz"
 
 def start(kind: str, frozen: str, **options: Any) -> Any:
     """An engine in ZeRO-3; the smallest parameters stay whole between steps."""
+    offload_param, checkpointing = (options.pop(name, False) for name in ("offload_param", "checkpointing"))
     config = engines.ds_config(3, **options)
+    if offload_param:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 50
     if frozen == HPZ:
         frozen, config["zero_optimization"]["zero_hpz_partition_size"] = "all", 2
     dtype = torch.bfloat16 if options.get("bf16") else torch.float32
-    return engines.lift_engine(cases.build(kind, dtype), config, replace(SETTINGS, frozen_weights=frozen))
+    model = cases.build(kind, dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return engines.lift_engine(model, config, replace(SETTINGS, frozen_weights=frozen))
 
 
 def state_of(engine: Any, losses: list[float]) -> dict[str, Any]:
@@ -109,9 +115,17 @@ def few(folder: str) -> dict[str, Any]:
 def every(folder: str) -> dict[str, Any]:
     """Other models, offloading, and all ways to go on."""
     found = {}
-    for kind, options in {"llama": {"bf16": True}, "mixtral": {}, "gpt_oss": {"offload": True}}.items():
+    runs: dict[str, dict[str, Any]] = {
+        "llama": {"bf16": True},
+        "mixtral": {},
+        "gpt_oss": {"offload": True},
+        "qwen3_moe": {"offload_param": True, "offload": True, "bf16": True},
+    }
+    for kind, options in runs.items():
         for frozen in ("all", "2"):
             found[f"{kind} {frozen}"] = run(kind, frozen, **options)
+    for frozen in ("all", "2"):
+        found[f"checkpointed {frozen}"] = run("llama", frozen, checkpointing=True)
     found["mixtral hpz"] = run("mixtral", HPZ)
     for saved, loaded in (("2", "2"), ("all", "2"), (HPZ, HPZ)):
         found[f"llama saved {saved} loaded {loaded}"] = resumed("llama", saved, loaded, folder)
