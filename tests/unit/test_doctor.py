@@ -1,7 +1,7 @@
 """What the doctor finds: each kind of trouble is named with its node and nothing else is; a healthy cluster has none.
 
 Findings are functions of what all nodes have said, so no process is needed but for the one real run. Hosts with real
-faults are in tests/cluster/test_doctor.py.
+faults are in tests/cluster/test_examined_nodes.py.
 """
 
 from __future__ import annotations

@@ -97,6 +97,13 @@ def check_pytest(arguments: list[str]) -> None:
         assert (REPOSITORY / path).exists()
 
 
+def check_mpiexec(arguments: list[str]) -> None:
+    """Check what it starts."""
+    program = arguments.index("python")
+    assert arguments[program + 1] == "launch/train.py"
+    check_training(arguments[program + 2 :])
+
+
 def check_sbatch(arguments: list[str]) -> None:
     script = next(i for i, argument in enumerate(arguments) if argument.endswith(".sbatch"))
     check_script([arguments[script]], arguments[script + 1 :])
@@ -118,12 +125,14 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "lift-ds": check_lift_ds,
     ".venv/bin/pytest": check_pytest,
     "sbatch": check_sbatch,
+    "mpiexec": check_mpiexec,
 }
 
 
-def check_variables(names: list[str]) -> None:
-    """Check that launch/environment.sh describes each of these variables."""
-    described = (REPOSITORY / "launch/environment.sh").read_text().split("\nrepository=")[0]
+def check_variables(names: list[str], program: str) -> None:
+    """Check that a script of benchmarks/, or else launch/environment.sh, describes each of these variables."""
+    script = program if program.startswith("benchmarks/") else "launch/environment.sh"
+    described = (REPOSITORY / script).read_text().split("\nrepository=")[0]
     for name in names:
         assert re.search(rf"^# .*\b{name}\b", described, re.MULTILINE), name
 
@@ -136,7 +145,7 @@ def test_a_command_is_one(command: str, capsys: pytest.CaptureFixture[str]) -> N
     program, arguments = words[0], words[1:]
     if program in FOREIGN:
         return
-    check_variables(variables)
+    check_variables(variables, program)
     if program in CHECKS:
         CHECKS[program](arguments)
     else:

@@ -95,10 +95,10 @@ def test_the_gradient_has_the_entries_of_the_dense_one(kind: str) -> None:
         y = model(x)
         y.sin().sum().backward()
         outputs.append(y.detach())
-    assert torch.equal(*outputs)
+    # Float64, the same operators, which may add in another order where tensors lie elsewhere in memory.
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-14)
     for weight in layers_of(managed).values():
         assert weight.weight.grad is None
-        # Float64, the same operators.
         torch.testing.assert_close(weight.principal_values.grad, dense_entries(plain, weight), rtol=1e-12, atol=1e-14)
         assert isinstance(weight.module, ReadModule)
 
