@@ -270,7 +270,7 @@ TROUBLES = [
 ]
 
 
-@pytest.mark.parametrize(("trouble", "severity", "check", "where"), TROUBLES, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("trouble", "severity", "check", "where"), TROUBLES, ids=lambda value: getattr(value, "__name__", value))
 def test_a_trouble_is_named_and_nothing_else(
     trouble: Callable[[Observed], None], severity: str, check: str, where: str
 ) -> None:
