@@ -270,7 +270,11 @@ TROUBLES = [
 ]
 
 
-@pytest.mark.parametrize(("trouble", "severity", "check", "where"), TROUBLES, ids=lambda value: getattr(value, "__name__", value))
+def _name(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(("trouble", "severity", "check", "where"), TROUBLES, ids=_name)
 def test_a_trouble_is_named_and_nothing_else(
     trouble: Callable[[Observed], None], severity: str, check: str, where: str
 ) -> None:
