@@ -24,11 +24,10 @@ import psutil
 from lift_ds.runtime.ports import free_port
 
 #: How many ranks an MPI's launcher has started on this node -> which one this is, and how many there are: Open MPI;
-#: MPICH and those made of it (Intel MPI, MVAPICH); HPE's PALS. SLURM sets PMI_RANK too, but none of the first ones.
+#: MPICH and those made of it (Intel MPI, MVAPICH). SLURM sets PMI_RANK too, but neither of the first ones.
 _MPI_RANKS = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPI_LOCALNRANKS": ("PMI_RANK", "PMI_SIZE"),
-    "PMI_LOCAL_SIZE": ("PMI_RANK", "PMI_SIZE"),
 }
 
 #: Seconds between two looks.

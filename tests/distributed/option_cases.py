@@ -123,7 +123,7 @@ TOGETHER = (
 
 _PARITY, _BEHAVIOUR = "`tests/distributed/test_parity.py`", "`tests/distributed/test_behaviour.py`"
 _NVME, _CHECKPOINTS = "`tests/distributed/test_nvme.py`", "`tests/distributed/test_checkpoints.py`"
-_NO_EFFECT = "does not meet LIFT: "
+_NO_EFFECT, _NOT_TRIED = "does not meet LIFT: ", "not tried"
 
 #: Key of an option that has tests elsewhere, or needs none -> what there is to say.
 ELSEWHERE = {
@@ -132,30 +132,30 @@ ELSEWHERE = {
     "train_micro_batch_size_per_gpu": f"as always ({_PARITY})",
     "gradient_accumulation_steps": f"as always ({_PARITY})",
     "bf16": f"trains as Algorithm 1 does in bfloat16 ({_PARITY})",
-    "fp16": "a skipped step changes nothing; not tried on a GPU",
-    "scheduler": f"as always ({_BEHAVIOUR})",
+    "fp16": f"{_NOT_TRIED}; a step that is skipped for an overflow was, in bfloat16 ({_BEHAVIOUR})",
+    "scheduler": f"as always ({_CHECKPOINTS})",
     "optimizer": "refused: LIFT brings LiftAdamW, whose settings belong into the `lift` block",
     "zero_allow_untested_optimizer": "`lift_ds.initialize` sets it to true",
     "zero_force_ds_cpu_optimizer": "`lift_ds.initialize` sets it to false",
     "zero_optimization.offload_param.nvme_path": f"weights on a disk train as in memory ({_NVME})",
     "zero_optimization.offload_optimizer.nvme_path": f"states on a disk train as in memory ({_NVME})",
-    "aio": f"of a disk ({_NVME})",
+    "aio": f"its defaults were tried ({_NVME})",
     "compile": "`engine.compile()` trains the same (`tests/distributed/test_options.py`)",
-    "checkpoint.load_universal": f"goes on with other ranks ({_CHECKPOINTS})",
+    "checkpoint.load_universal": f"not read: loading sees whether a checkpoint is universal ({_CHECKPOINTS})",
     "activation_checkpointing": f"{_NO_EFFECT}for models that call `deepspeed.checkpointing`",
     "zero_optimization.legacy_stage1": "DeepSpeed refuses it",
     "zero_optimization.cpu_offload": "DeepSpeed takes it for `offload_optimizer`",
     "zero_optimization.cpu_offload_param": "DeepSpeed takes it for `offload_param`",
-    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed has left it",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed does not read it any more",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "DeepSpeed takes it for the option of 16 bits",
     "zero_optimization.save_muon_momentum_buffer_in_memory": f"{_NO_EFFECT}Muon's",
     "zero_optimization.pipeline_loading_checkpoint": f"{_NO_EFFECT}pipelines are refused",
     "pipeline": f"{_NO_EFFECT}pipelines are refused",
-    "data_efficiency": f"{_NO_EFFECT}it chooses rows and tokens",
-    "seq_parallel_communication_data_type": f"{_NO_EFFECT}activations are sent in it",
+    "data_efficiency": _NOT_TRIED,
+    "seq_parallel_communication_data_type": _NOT_TRIED,
     "weight_quantization": f"{_NO_EFFECT}for inference",
     "use_data_before_expert_parallelism": f"{_NO_EFFECT}expert parallelism is refused",
-    "datastates_ckpt": "refused: a checkpoint writer that goes on after a save has returned",
+    "datastates_ckpt": f"{_NOT_TRIED}; a writer that goes on after a save has returned is refused",
     "autotuning": f"{_NO_EFFECT}it starts trainings with other options",
     **dict.fromkeys(
         ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "steps_per_print", "log_level"),
@@ -163,7 +163,7 @@ ELSEWHERE = {
     ),
     "vocabulary_size": f"{_NO_EFFECT}it warns of sizes that are no multiple",
     **{
-        f"zero_optimization.offload_{what}.{name}": f"{_NO_EFFECT}how what is offloaded is kept"
+        f"zero_optimization.offload_{what}.{name}": _NOT_TRIED
         for what, names in {
             "param": ("buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
             "optimizer": (

@@ -27,6 +27,7 @@ def test_runs_are_those_of_the_other_placement_to_the_bit(ranks: list[Results]) 
         for name, found in rank.items():
             expected = rank[f"{name.split()[0]} all"]
             assert found["losses"] == expected["losses"], name
+            assert found["base loss"] == expected["base loss"] != found["losses"][-1], name
             for what in ("weights", "indices", "base"):
                 assert found[what].keys() == expected[what].keys()
                 assert all(torch.equal(found[what][key], expected[what][key]) for key in expected[what]), (name, what)

@@ -53,6 +53,9 @@ def state_of(engine: Any, losses: list[float]) -> dict[str, Any]:
     found = {"losses": losses, "weights": engines.whole_weights(model), "indices": engines.whole_indices(model)}
     with lift_ds.base_weights(model):
         found["base"] = engines.whole_weights(model)
+        # What a forward computes with, which may be another copy than what was looked at.
+        with torch.no_grad():
+            found["base loss"] = cases.loss_of(engine, "llama", 0, engines.rank_rows()).item()
     held = sum(p.ds_tensor.numel() for p in model.parameters() if not p.requires_grad)
     weights = require_attachment(model).weights.values()
     return found | {"changed": changed, "held": held, "managed": sum(weight.elements() for weight in weights)}
@@ -79,6 +82,7 @@ def resumed(kind: str, saved_with: str, resumed_with: str, folder: str, *, unive
         convert(Path(path) / "cut", Path(path) / "cut_universal")
     dist.barrier()
     engine = start(kind, resumed_with, bf16=True)
+    engines.train(engine, kind, range(STEPS, STEPS + 1))  # so that there is something that loading replaces
     engine.load_checkpoint(path, "cut_universal" if universal else "cut")
     losses += engines.train(engine, kind, range(CUT, STEPS))
     found = state_of(engine, losses)
