@@ -27,6 +27,7 @@ from lift_ds.runtime import watchdog
 from lift_ds.runtime.ranks import by_main
 from lift_ds.zero.bind import bind, without_accelerate
 from lift_ds.zero.fragments import refuse_universal_by_wrong_links
+from lift_ds.zero.nvme import remove_saved_states
 from lift_ds.zero.options import refuse_options
 from lift_ds.zero.plain_weights import replace_scripts
 from lift_ds.zero.universal_files import restore
@@ -181,7 +182,9 @@ class LiftCallback(_WatchedSaves):
     def _clear_the_way(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """A folder that is about to be written into is no whole checkpoint any more."""
         if control.should_save:
-            checkpoint.withdraw(_checkpoint(args, state))
+            folder = _checkpoint(args, state)
+            checkpoint.withdraw(folder)
+            remove_saved_states(folder)
 
 
 class _HeldRotations:

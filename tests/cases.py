@@ -13,6 +13,8 @@ import lift_ds
 
 VOCABULARY = 97
 GLOBAL_BATCH = 4
+#: Tokens of a sequence.
+LENGTH = 16
 
 #: Settings of the parity runs: 60 steps with a refresh every 20.
 PARITY = lift_ds.LiftConfig(
@@ -91,9 +93,9 @@ def small_experts(kind: str, implementation: str | None = None, experts: int = 4
 
 
 def token_batch(step: int) -> Tensor:
-    """Token ids [GLOBAL_BATCH, 16] of one step; every rank takes its rows."""
+    """Token ids [GLOBAL_BATCH, LENGTH] of one step; every rank takes its rows."""
     generator = torch.Generator().manual_seed(1000 + step)
-    return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 16), generator=generator)
+    return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, LENGTH), generator=generator)
 
 
 class Matrices(nn.Module):

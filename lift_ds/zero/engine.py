@@ -76,6 +76,7 @@ def initialize(
             model, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
         )
     ds_config = resolve_auto(ds_config, model)
+    refuse_options(ds_config)  # what "auto" became
     # LIFT's optimizer is a client optimizer to DeepSpeed, which asks for these two to be said.
     ds_config.setdefault("zero_allow_untested_optimizer", True)
     ds_config.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -19,7 +19,7 @@ from lift_ds.model.attachment import require_attachment
 from lift_ds.runtime.files import write_whole
 from lift_ds.runtime.logs import get_logger
 from lift_ds.runtime.ranks import by_main, rank_and_count
-from lift_ds.zero.nvme import restore_states
+from lift_ds.zero.nvme import remove_saved_states, restore_states
 from lift_ds.zero.plain_weights import replace_scripts
 from lift_ds.zero.universal_files import restore
 
@@ -70,6 +70,7 @@ def _saver(save: Any) -> Any:
         folder = Path(save_dir) / tag
         try:
             checkpoint.withdraw(folder)
+            remove_saved_states(folder)
             by_main(lambda: folder.mkdir(parents=True, exist_ok=True))
             with failures_kept(self, folder) as failures:
                 # `latest` names a checkpoint only when it is whole, so that is not for DeepSpeed to write.

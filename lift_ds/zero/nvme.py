@@ -2,11 +2,13 @@
 
 frozen weights and indices    DeepSpeed saves and loads the memory of a shard, which on a disk has none
 counts of steps, settings     DeepSpeed copies the files of offloaded states and skips what is not in them
+an earlier save               DeepSpeed does not copy those files over others, which a save that was stopped has left
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,14 @@ from torch import Tensor
 
 from lift_ds.model.partition import is_partitioned
 from lift_ds.refresh.carry import EXP_AVG, MOMENTS
+from lift_ds.runtime.ranks import by_main
 from lift_ds.zero.partitioned import lives_on_nvme, shard_in_memory
 
 #: Names of DeepSpeed's files of offloaded states: of a sub-group from one parameter's number to another's.
 _STATE_FILE = re.compile(r"(?:exp_avg(?:_sq)?-)?(\d+_\d+)\.tensor\.swp")
+
+#: DeepSpeed's folder, inside a checkpoint, of offloaded states.
+_SAVED_STATES = "offloaded_tensors"
 
 
 class FrozenShards:
@@ -66,6 +72,25 @@ def remove_leftovers(wrapper: Any) -> None:
             path.unlink()
 
 
+def remove_saved_states(folder: Path | str) -> None:
+    """Remove the offloaded states of all ranks from a folder that is about to be saved into; all ranks call.
+
+    One all-gather, after which they are gone for every rank.
+
+    Args:
+        folder: of a tag, or of a Trainer's checkpoint with a tag inside; it may have no states, or not exist.
+
+    Raises:
+        ValueError: they cannot be removed.
+    """
+
+    def remove() -> None:
+        for path in [*Path(folder).rglob(_SAVED_STATES)]:
+            shutil.rmtree(path)
+
+    by_main(remove)
+
+
 @torch.no_grad()
 def restore_states(wrapper: Any, folder: Path | str) -> None:
     """Bring back master values, moments, counts of steps and group settings, where states are offloaded to a disk.
@@ -87,7 +112,7 @@ def restore_states(wrapper: Any, folder: Path | str) -> None:
     inner = wrapper.optimizer
     for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in settings.items() if key != "params"})
-    swapped = _swapped_files(wrapper, Path(folder) / "offloaded_tensors" / f"rank{dp_index_to_str(rank)}")
+    swapped = _swapped_files(wrapper, Path(folder) / _SAVED_STATES / f"rank{dp_index_to_str(rank)}")
     timers: set[str] = set()
     for number, master in enumerate(wrapper.fp32_partitioned_groups_flat):
         wrapper._prepare_sub_group(number, timers)

@@ -21,11 +21,13 @@ class Refused:
         key: dotted, as in the DeepSpeed file.
         turned_on: tells by the value of the key whether the option is in use.
         why: what would happen, and what to do instead.
+        stages: of ZeRO, in which it is refused; none stands for all.
     """
 
     key: str
     turned_on: Callable[[Any], bool]
     why: str
+    stages: tuple[int, ...] = ()
 
 
 def _above_one(value: Any) -> bool:
@@ -105,6 +107,19 @@ REFUSED = (
         Refused(dtype, _has_low_precision_master, f"{dtype}_master_weights_and_grads: {_CPU_ADAM}")
         for dtype in ("bf16", "fp16")
     ),
+    Refused(
+        "fp16.enabled",
+        lambda value: value is True,
+        "there DeepSpeed divides the gradients by a loss scale with which it has not multiplied them "
+        "(github.com/deepspeedai/DeepSpeed/pull/8393), and steps come out too small; use stage 1, or bf16",
+        stages=(0,),
+    ),
+    Refused(
+        "datastates_ckpt",
+        lambda value: value is not None and value is not False,  # {} turns it on
+        "DataStates goes on writing after a save has returned, and LIFT could not tell when a checkpoint is whole; "
+        "leave it out",
+    ),
 )
 
 
@@ -119,8 +134,11 @@ def refuse_options(ds_config: Mapping[str, Any]) -> None:
     """
     for option in REFUSED:
         value = _value_of(ds_config, option.key)
-        if option.turned_on(value):
-            raise ValueError(f"{option.key}={value!r} in the DeepSpeed configuration is not supported: {option.why}")
+        if option.turned_on(value) and (not option.stages or _stage_of(ds_config) in option.stages):
+            where = f" in ZeRO stage {_stage_of(ds_config)}" if option.stages else ""
+            raise ValueError(
+                f"{option.key}={value!r} in the DeepSpeed configuration is not supported{where}: {option.why}"
+            )
 
 
 def refuse_pipeline(model: nn.Module) -> None:
@@ -134,6 +152,12 @@ def refuse_pipeline(model: nn.Module) -> None:
             f"{type(model).__name__} is a PipelineModule, which is not supported: its checkpoints hold layers, and "
             "LIFT could not tell which model they belong to; use ZeRO-3 to spread a model over ranks"
         )
+
+
+def _stage_of(ds_config: Mapping[str, Any]) -> int:
+    block = ds_config.get("zero_optimization")
+    stage = block.get("stage", 0) if isinstance(block, Mapping) else int(block is True)
+    return stage if isinstance(stage, int) else 0
 
 
 def _value_of(ds_config: Mapping[str, Any], key: str) -> Any:

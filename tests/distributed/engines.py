@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -54,7 +54,7 @@ def rank_rows(micro_step: int = 0, accumulation: int = 1) -> slice:
 
 
 def train(
-    engine: Any, kind: str, steps: range, after_step: Callable[[int], None] | None = None, accumulation: int = 1
+    engine: Any, kind: str, steps: Sequence[int], after_step: Callable[[int], None] | None = None, accumulation: int = 1
 ) -> list[float]:
     """Train and return the losses of the global batch, one a step."""
     losses = []

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import cases
+
 from lift_ds.zero.options import REFUSED
 
 EXACT, OWN_ARITHMETIC = "trains as without it", "trains, by arithmetic of its own"
@@ -52,7 +54,7 @@ def _zero(key: str, value: Any, stages: tuple[int, ...], **more: Any) -> Option:
     return Option(f"zero_optimization.{key}", value, stages, **more)
 
 
-_OFFLOAD = {"device": "cpu"}
+_OFFLOAD = {"device": "cpu", "pin_memory": False}
 _HPZ = (
     "on four ranks too, to the bit; `frozen_weights` in the `lift` block keeps frozen weights within a node at less "
     "memory, and the two are refused together"
@@ -67,29 +69,19 @@ OPTIONS = (
     _zero("allgather_partitions", False, (2,)),
     _zero("reduce_bucket_size", 1000, (2, 3)),
     _zero("allgather_bucket_size", 1000, (2,)),
-    _zero("parameter_alignment", True, (2,)),
-    _zero("ignore_unused_parameters", False, (2,)),
-    _zero("compute_grad_norm", False, (2,)),
     _zero("elastic_checkpoint", True, (2,), remark="resuming from its checkpoints was not tried"),
     _zero("offload_optimizer", _OFFLOAD, (1, 2, 3)),
     _zero("offload_param", _OFFLOAD, (3,)),
     _zero("sub_group_size", 1000, (3,)),
     _zero("stage3_param_persistence_threshold", 100_000, (3,)),
     _zero("stage3_max_live_parameters", 10**9, (3,)),
-    _zero("stage3_max_reuse_distance", 0, (3,)),
-    _zero("stage3_prefetch_bucket_size", 0, (3,)),
     _zero("stage3_use_all_reduce_for_fetch_params", True, (3,)),
-    _zero("stage3_allgather_sequential", True, (3,)),
     _zero("stage3_module_granularity_threshold", 300, (3,)),
     _zero("leaf_module", {"classes": ["LlamaDecoderLayer"]}, (3,), remark="`set_z3_leaf_modules` likewise"),
-    _zero("memory_efficient_linear", False, (3,)),
     _zero("zero_hpz_partition_size", 2, (3,), remark=_HPZ),
-    _zero("enable_sanity_checks", True, (3,)),
     _zero("zero_quantized_gradients", True, (3,), bf16=True),
     Option("data_types.grad_accum_dtype", "fp32", (1, 2, 3), bf16=True),
     Option("communication_data_type", "fp32", (2, 3), bf16=True),
-    Option("checkpoint.use_node_local_storage", True, (2,)),
-    Option("wall_clock_breakdown", True, (2,)),
     Option("torch_autocast", {"enabled": True, "dtype": "bfloat16"}, (2, 3), OWN_ARITHMETIC),
     Option("gradient_clipping", 0.1, (2, 3), OWN_ARITHMETIC),
     Option("gradient_allreduce_op", "sum", (2,), OWN_ARITHMETIC),
@@ -104,11 +96,21 @@ OPTIONS = (
 
 #: Options that are tried together, in one run a stage.
 TOGETHER = (
+    _zero("parameter_alignment", True, (2,)),
+    _zero("ignore_unused_parameters", False, (1, 2)),
+    _zero("compute_grad_norm", False, (1, 2)),
     _zero("load_from_fp32_weights", False, (1, 2)),
     _zero("stage3_model_persistence_threshold", 10_000, (3,)),
     _zero("stage3_gather_16bit_weights_on_model_save", True, (3,)),
+    _zero("stage3_max_reuse_distance", 0, (3,)),
+    _zero("stage3_prefetch_bucket_size", 0, (3,)),
+    _zero("stage3_allgather_sequential", True, (3,)),
+    _zero("memory_efficient_linear", False, (3,)),
+    _zero("enable_sanity_checks", True, (3,)),
     _zero("override_module_apply", False, (3,)),
     _zero("log_trace_cache_warnings", True, (3,)),
+    Option("checkpoint.use_node_local_storage", True, (1, 2, 3)),
+    Option("wall_clock_breakdown", True, (1, 2, 3)),
     Option("disable_allgather", True, (1, 2, 3)),
     Option("disable_python_gc", True, (1, 2, 3)),
     Option("dataloader_drop_last", True, (1, 2, 3)),
@@ -121,9 +123,29 @@ TOGETHER = (
     Option("gradient_predivide_factor", 2.0, (1,)),
 )
 
-_PARITY, _BEHAVIOUR = "`tests/distributed/test_parity.py`", "`tests/distributed/test_behaviour.py`"
+#: Random-LTD with a schedule that begins at the whole sequence: all is set up, and no token is dropped.
+_TOKENS = {
+    "min_value": cases.LENGTH,
+    "max_value": cases.LENGTH,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"require_steps": 1, "seq_per_step": 1},
+}
+RANDOM_LTD = {
+    "enabled": True,
+    "data_routing": {
+        "enabled": True,
+        "random_ltd": {
+            "enabled": True, "total_layer_num": 2, "random_ltd_layer_num": 2, "random_ltd_layer_id": [0, 1],
+            "model_mask_name": "attention_mask", "model_type": "decoder", "hidden_state_order": "batch_seq_dim",
+            "random_ltd_schedule": _TOKENS,
+        },
+    },
+}  # fmt: skip
+
+_PARITY = "`tests/distributed/test_parity.py`"
+_SEQUENCES = "`tests/distributed/test_sequence_parallel.py`"
 _NVME, _CHECKPOINTS = "`tests/distributed/test_nvme.py`", "`tests/distributed/test_checkpoints.py`"
-_NO_EFFECT, _NOT_TRIED = "does not meet LIFT: ", "not tried"
+_HERE, _NO_EFFECT = "`tests/distributed/test_options.py`", "does not meet LIFT: "
 
 #: Key of an option that has tests elsewhere, or needs none -> what there is to say.
 ELSEWHERE = {
@@ -132,15 +154,15 @@ ELSEWHERE = {
     "train_micro_batch_size_per_gpu": f"as always ({_PARITY})",
     "gradient_accumulation_steps": f"as always ({_PARITY})",
     "bf16": f"trains as Algorithm 1 does in bfloat16 ({_PARITY})",
-    "fp16": f"{_NOT_TRIED}; a step that is skipped for an overflow was, in bfloat16 ({_BEHAVIOUR})",
+    "fp16": f"trains in stages 1 to 3, and steps that overflow leave nothing behind ({_HERE})",
     "scheduler": f"as always ({_CHECKPOINTS})",
     "optimizer": "refused: LIFT brings LiftAdamW, whose settings belong into the `lift` block",
     "zero_allow_untested_optimizer": "`lift_ds.initialize` sets it to true",
     "zero_force_ds_cpu_optimizer": "`lift_ds.initialize` sets it to false",
     "zero_optimization.offload_param.nvme_path": f"weights on a disk train as in memory ({_NVME})",
     "zero_optimization.offload_optimizer.nvme_path": f"states on a disk train as in memory ({_NVME})",
-    "aio": f"its defaults were tried ({_NVME})",
-    "compile": "`engine.compile()` trains the same (`tests/distributed/test_options.py`)",
+    "aio": f"its defaults ({_NVME})",
+    "compile": f"`engine.compile()` trains the same ({_HERE})",
     "checkpoint.load_universal": f"not read: loading sees whether a checkpoint is universal ({_CHECKPOINTS})",
     "activation_checkpointing": f"{_NO_EFFECT}for models that call `deepspeed.checkpointing`",
     "zero_optimization.legacy_stage1": "DeepSpeed refuses it",
@@ -151,11 +173,11 @@ ELSEWHERE = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": f"{_NO_EFFECT}Muon's",
     "zero_optimization.pipeline_loading_checkpoint": f"{_NO_EFFECT}pipelines are refused",
     "pipeline": f"{_NO_EFFECT}pipelines are refused",
-    "data_efficiency": _NOT_TRIED,
-    "seq_parallel_communication_data_type": _NOT_TRIED,
+    "data_efficiency": f"random-LTD trains as without it where it drops no token ({_HERE}); dropping takes a "
+    "kernel for GPUs. A curriculum chooses which data come first, and does not meet LIFT",
+    "seq_parallel_communication_data_type": f"bf16 trains, by arithmetic of its own ({_SEQUENCES})",
     "weight_quantization": f"{_NO_EFFECT}for inference",
     "use_data_before_expert_parallelism": f"{_NO_EFFECT}expert parallelism is refused",
-    "datastates_ckpt": f"{_NOT_TRIED}; a writer that goes on after a save has returned is refused",
     "autotuning": f"{_NO_EFFECT}it starts trainings with other options",
     **dict.fromkeys(
         ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "steps_per_print", "log_level"),
@@ -163,15 +185,14 @@ ELSEWHERE = {
     ),
     "vocabulary_size": f"{_NO_EFFECT}it warns of sizes that are no multiple",
     **{
-        f"zero_optimization.offload_{what}.{name}": _NOT_TRIED
+        f"zero_optimization.offload_{what}.{name}": f"another value trains as its default does ({_NVME})"
         for what, names in {
             "param": ("buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
-            "optimizer": (
-                "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "cpuadam_cores_perc",
-            ),
+            "optimizer": ("buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init"),
         }.items()
         for name in names
     },
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": f"{_NO_EFFECT}SuperOffload's, which is refused",
 }  # fmt: skip
 
 #: Key of a refused option -> a value with which it is refused.
@@ -187,6 +208,8 @@ REFUSED_VALUES: dict[str, Any] = {
     "zero_optimization.zero_quantized_nontrainable_weights": True,
     "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
     "fp16": {"enabled": True, "fp16_master_weights_and_grads": True},
+    "fp16.enabled": True,
+    "datastates_ckpt": {},
 }
 
 
@@ -198,7 +221,8 @@ def table() -> str:
         remark = f"; {option.remark}" if option.remark else ""
         lines.append(f"| `{_json(option.key, option.value)}` | {stages} | {option.outcome}{remark} |")
     for refused in REFUSED:
-        lines.append(f"| `{_json(refused.key, REFUSED_VALUES[refused.key])}` | any | refused: {refused.why} |")
+        stages = ", ".join(map(str, refused.stages)) or "any"
+        lines.append(f"| `{_json(refused.key, REFUSED_VALUES[refused.key])}` | {stages} | refused: {refused.why} |")
     lines += [f"| `{key}` | any | {said} |" for key, said in ELSEWHERE.items()]
     return "\n".join(lines) + "\n"
 

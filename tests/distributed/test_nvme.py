@@ -31,7 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks("nvme", 2, tmp_path_factory.mktemp("nvme"))
 
 
-@pytest.mark.parametrize("name", ["nvme", "cut 1", "cut 2", "cut 3"])
+@pytest.mark.parametrize("name", ["nvme", "cut 1", "cut 2", "cut 3", "options", "options, cut 2"])
 def test_a_disk_holds_the_same_training_as_the_host(ranks: list[dict[str, Any]], name: str) -> None:
     for rank in ranks:
         expected, found = rank["cpu"], rank[name]

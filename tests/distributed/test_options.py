@@ -95,6 +95,16 @@ def test_options_that_work_together_change_nothing(stage: int, runs: Results) ->
     check_equal(runs[f"together stage {stage}"], runs[f"fp32 stage {stage}"])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_steps_that_overflow_in_float16_leave_nothing_behind(stage: int, runs: Results) -> None:
+    """A loss scale is a power of two, so that another one changes gradients by no digit, but for the very smallest."""
+    run = runs[f"fp16 stage {stage}"]
+    assert 4 <= len(run["applied"]) <= 9  # of twelve
+    assert run["found"]["refreshes"] == run["expected"]["refreshes"]
+    assert run["found"]["refreshes"][:2] == [2, 4]
+    check_equal(run["found"], run["expected"])
+
+
 class Asked(dict[str, Any]):
     """A configuration that takes note of what it is asked for."""
 
@@ -166,6 +176,12 @@ def test_a_compiled_engine_trains_the_same(stage: int, less_usual: Results) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_random_ltd_that_drops_no_token_changes_nothing(stage: int, less_usual: Results) -> None:
+    check_equal(less_usual[f"random-LTD stage {stage}"], less_usual[f"stage {stage}"])
+
+
+@pytest.mark.slow
 def test_leaf_modules_set_by_a_call_change_nothing(less_usual: Results) -> None:
     check_equal(less_usual["leaf modules"], less_usual["stage 3"])
 
@@ -205,6 +221,8 @@ def test_an_option_that_is_not_supported_is_refused_by_its_key(refused: Any) -> 
         {"zero_optimization": {"offload_optimizer": {"device": "cpu", "super_offload": False, "ratio": 1.0}}},
         {"zero_optimization": {"zero_quantized_weights": False, "zenflow": None}},
         {"zero_optimization": True, "bf16": {"enabled": "auto"}},
+        {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+        {"fp16": {"enabled": "auto"}, "datastates_ckpt": False},
     ],
     ids=str,
 )

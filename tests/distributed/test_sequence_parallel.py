@@ -52,3 +52,11 @@ def test_halves_of_sequences_train_the_same(
         entries = {name: {*index.tolist()} for name, index in alone["indices"].items()}
         others = sum(len(index - {*found["indices"][name].tolist()}) for name, index in entries.items())
         assert others <= share * sum(map(len, entries.values()))
+
+
+def test_gradients_sent_in_bfloat16_train_nearly_the_same(halves: list[dict[str, Any]]) -> None:
+    """Adam's steps have the same size whatever a gradient is rounded to, and mostly the same direction."""
+    for rank in halves:
+        found, expected = rank["rounded messages"], rank["stage 3"]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        assert found["losses"] != expected["losses"]

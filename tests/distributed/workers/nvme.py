@@ -37,10 +37,18 @@ class Wide(nn.Module):
         return (y - torch.sin(3 * x)).square().mean()
 
 
-def start(device: str, folder: str) -> tuple[Any, nn.Module]:
+#: Options of offloading, each with another value than its default.
+PARAMETERS = {"max_in_cpu": 0, "pin_memory": False, "buffer_count": 8}
+STATES = {"buffer_count": 5, "pin_memory": False, "pipeline_read": True, "pipeline_write": True, "fast_init": True}
+
+
+def start(device: str, folder: str, options: bool = False) -> tuple[Any, nn.Module]:
     place = {"device": device} | ({"nvme_path": f"{folder}/nvme"} if device == "nvme" else {})
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": dict(place)}
     zero["offload_param"] = place | {"buffer_size": SIZE * SIZE, "buffer_count": 5}
+    if options:
+        zero["offload_param"] |= PARAMETERS
+        zero["offload_optimizer"] |= STATES
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": zero,
@@ -52,16 +60,18 @@ def start(device: str, folder: str) -> tuple[Any, nn.Module]:
     return engines.lift_engine(model, config, SETTINGS), model
 
 
-def run(device: str, folder: str, cut: int | None = None) -> dict[str, Any]:
-    """Five steps with refreshes after the second and the fourth, saved and resumed in a new engine after `cut`."""
-    engine, model = start(device, folder)
+def run(device: str, folder: str, cut: int | None = None, options: bool = False) -> dict[str, Any]:
+    """Five steps with refreshes after the second and the fourth, saved twice and resumed in a new engine after `cut`."""
+    engine, model = start(device, folder, options)
     losses = []
+    saved = f"{folder}/saved_{cut}_{options}"
     for step in range(STEPS):
         if step == cut:
-            engine.save_checkpoint(f"{folder}/cut{cut}")
+            engine.save_checkpoint(saved)
+            engine.save_checkpoint(saved)  # over what is there, as after a save that was stopped
             engine.destroy()
-            engine, model = start(device, folder)
-            engine.load_checkpoint(f"{folder}/cut{cut}")
+            engine, model = start(device, folder, options)
+            engine.load_checkpoint(saved)
         x = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(step))
         loss = engine(x[2 * dist.get_rank() : 2 * dist.get_rank() + 2].bfloat16())
         engine.backward(loss)
@@ -84,4 +94,5 @@ if __name__ == "__main__":
     Path(folder, "nvme").mkdir(exist_ok=True)
     results = {"cpu": run("cpu", folder), "nvme": run("nvme", folder)}
     results |= {f"cut {cut}": run("nvme", folder, cut) for cut in (1, 2, 3)}
+    results |= {"options": run("nvme", folder, options=True), "options, cut 2": run("nvme", folder, 2, options=True)}
     engines.finish(folder, results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import deepspeed
 import engines
 import torch
 import torch.distributed as dist
-from option_cases import OPTIONS, TOGETHER, Option
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.data_pipeline.data_routing.helper import convert_to_random_ltd, remove_random_ltd_state_dict
+from option_cases import OPTIONS, RANDOM_LTD, TOGETHER, Option
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -38,12 +41,14 @@ def train(
     engine = engines.lift_engine(model, config, SETTINGS)
     if compiled:
         engine.compile(backend="aot_eager")
+    if "data_efficiency" in config:
+        convert_to_random_ltd(engine, LlamaDecoderLayer)
     losses = engines.train(engine, "llama", range(5))
     engine.optimizer.driver.check_state()
     found = {
         "losses": losses,
         "indices": engines.whole_indices(model),
-        "weights": engines.whole_weights(model),
+        "weights": dict(remove_random_ltd_state_dict(engines.whole_weights(model))),
         "refreshes": [report.step for report in lift_ds.refreshes(engine)],
     }
     engine.destroy()
@@ -62,7 +67,38 @@ def every_option() -> dict[str, Any]:
     for stage in (1, 2, 3):
         together = [option for option in TOGETHER if stage in option.stages]
         results[f"together stage {stage}"] = train(stage, *together, bf16=False)
-    return results
+    return results | {f"fp16 stage {stage}": half_precision(stage) for stage in (1, 2, 3)}
+
+
+def half_precision(stage: int) -> dict[str, Any]:
+    """float16 with a loss scale at which the first steps overflow, and without it over the steps that did not."""
+    # DeepSpeed asks oneDNN whether the processor has instructions for float16; torch computes in it on any.
+    get_accelerator().is_fp16_supported = lambda: True
+    found, applied, scale = fp16_run(stage, range(12), {"loss_scale": 0, "initial_scale_power": 24, "hysteresis": 1})
+    expected, *_ = fp16_run(stage, applied, {"loss_scale": scale})
+    return {"found": found, "expected": expected, "applied": applied}
+
+
+def fp16_run(stage: int, steps: Sequence[int], scaling: dict[str, Any]) -> tuple[dict[str, Any], list[int], float]:
+    """Train in float16; what was found, with the losses of the steps that were applied, those steps, the last scale."""
+    config = engines.ds_config(stage) | {"fp16": {"enabled": True, **scaling}}
+    model = cases.build("llama", torch.float16)
+    engine = engines.lift_engine(model, config, SETTINGS)
+    applied: list[int] = []
+
+    def note(step: int) -> None:
+        if engine.optimizer.driver.applied_steps > len(applied):
+            applied.append(step)
+
+    losses = engines.train(engine, "llama", steps, note)
+    engine.optimizer.driver.check_state()
+    found = state_of(engine) | {
+        "losses": [loss for step, loss in zip(steps, losses, strict=True) if step in applied],
+        "refreshes": [report.step for report in lift_ds.refreshes(engine)],
+    }
+    scale = float(engine.optimizer.cur_scale)
+    engine.destroy()
+    return found, applied, scale
 
 
 class Steered(nn.Module):
@@ -172,10 +208,11 @@ def broken_load(stage: int, folder: Path) -> dict[str, Any]:
 
 
 def less_usual() -> dict[str, Any]:
-    """Compiled engines, leaf modules set by a call, a layer that is not run, round-robin gradients in every form."""
+    """Compiled engines, leaf modules set by a call, random-LTD, a layer that is not run, round-robin in every form."""
     results: dict[str, Any] = {f"stage {stage}": train(stage, bf16=False) for stage in (2, 3)}
     for stage in (2, 3):
         results[f"compiled stage {stage}"] = train(stage, bf16=False, compiled=True)
+        results[f"random-LTD stage {stage}"] = train(stage, Option("data_efficiency", RANDOM_LTD, ()), bf16=False)
     results["leaf modules"] = train(3, bf16=False, leaves=True)
     for stage in range(4):
         results[f"idle layer stage {stage}"] = idle_layer(stage)

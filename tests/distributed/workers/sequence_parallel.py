@@ -41,9 +41,9 @@ def loss_of(engine: Any, step: int) -> Tensor:
     return (torch.stack(all_gather(loss)) * counted).sum() / counted.sum()
 
 
-def run(stage: int, mpu: Any) -> dict[str, Any]:
+def run(stage: int, mpu: Any, **options: Any) -> dict[str, Any]:
     """Train with halves of sequences."""
-    config = engines.ds_config(stage) | {"train_micro_batch_size_per_gpu": cases.GLOBAL_BATCH}
+    config = engines.ds_config(stage) | options | {"train_micro_batch_size_per_gpu": cases.GLOBAL_BATCH}
     model = cases.build("llama")
     engine = lift_ds.initialize(model=model, config={**config, "lift": SETTINGS.to_dict()}, mpu=mpu)[0]
     losses = []
@@ -60,4 +60,6 @@ def run(stage: int, mpu: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     engines.start()
     mpu = UlyssesSPAttentionHF.register_with_transformers(cases.build("llama"), "sdpa", 2, cases.GLOBAL_BATCH)
-    engines.finish(sys.argv[1], {f"stage {stage}": run(stage, mpu) for stage in (2, 3)})
+    results = {f"stage {stage}": run(stage, mpu) for stage in (2, 3)}
+    results["rounded messages"] = run(3, mpu, seq_parallel_communication_data_type="bf16")
+    engines.finish(sys.argv[1], results)
