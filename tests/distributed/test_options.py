@@ -191,7 +191,7 @@ def test_leaf_modules_set_by_a_call_change_nothing(less_usual: Results) -> None:
 def test_a_layer_that_is_not_run_is_named(stage: int, less_usual: Results) -> None:
     said = [line for line in less_usual[f"idle layer stage {stage}"] if "no gradient has reached" in line]
     assert len(said) == 2  # after the first step and after the first refresh
-    assert all("1 of 3 managed matrices, which are not trained: layers.1. " in line for line in said)
+    assert all("1 of 3 managed weights, which are not trained: layers.1. " in line for line in said)
 
 
 @pytest.mark.slow

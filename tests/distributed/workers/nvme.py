@@ -61,7 +61,7 @@ def start(device: str, folder: str, options: bool = False) -> tuple[Any, nn.Modu
 
 
 def run(device: str, folder: str, cut: int | None = None, options: bool = False) -> dict[str, Any]:
-    """Five steps with refreshes after the second and the fourth, saved twice and resumed in a new engine after `cut`."""
+    """Five steps with refreshes after the second and the fourth, saved twice and resumed anew after `cut`."""
     engine, model = start(device, folder, options)
     losses = []
     saved = f"{folder}/saved_{cut}_{options}"
