@@ -103,6 +103,12 @@ REFUSED = (
         _is_on,
         "the weights LIFT manages are frozen parameters that it writes into, so they cannot be quantised; leave it out",
     ),
+    Refused(
+        "zero_optimization.elastic_checkpoint",
+        _is_on,
+        "DeepSpeed saves such a checkpoint and cannot load it again, unless an optimizer counts its steps by group; "
+        "a universal checkpoint loads on another number of ranks",
+    ),
     *(
         Refused(dtype, _has_low_precision_master, f"{dtype}_master_weights_and_grads: {_CPU_ADAM}")
         for dtype in ("bf16", "fp16")
