@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lift_ds.model.attachment import Attachment, leave_out_of_saved_models, require_attachment
 from lift_ds.model.layers import PrincipalLayer
+from lift_ds.model.partition import is_partitioned
 from lift_ds.model.readings import ReadModule
 from lift_ds.optimizer import LiftAdamW, drive_plain
 from lift_ds.refresh.driver import Driver
@@ -33,7 +34,7 @@ from lift_ds.zero.leaf_modules import let_gradients_reach_leaves
 from lift_ds.zero.node_shards import ALL, AUTO, NODE, NodeShards, placement_that_fits
 from lift_ds.zero.nvme import FrozenShards, remove_leftovers
 from lift_ds.zero.options import refuse_pipeline
-from lift_ds.zero.partitioned import forget_second_copy
+from lift_ds.zero.partitioned import empty_if_partitioned, forget_second_copy
 from lift_ds.zero.sharded_index import ShardedIndex
 from lift_ds.zero.stores import MasterCopyStore, PartitionedParameterStore, PartitionedStateStore
 from lift_ds.zero.watching import follow_training, watched_store
@@ -138,6 +139,9 @@ def _partitioned_parameters(wrapper: Any, model: nn.Module, attachment: Attachme
 
     def before_checkpoint() -> None:
         prologue()
+        for parameter in filter(is_partitioned, model.parameters()):
+            # "stage3_module_granularity_threshold" leaves one number in it, which nothing could be loaded into.
+            empty_if_partitioned(parameter)
         remove_leftovers(wrapper)
         frozen.fetch()
         if nodes is not None:

@@ -78,7 +78,7 @@ OPTIONS = (
     _zero("stage3_module_granularity_threshold", 300, (3,)),
     _zero("leaf_module", {"classes": ["LlamaDecoderLayer"]}, (3,), remark="`set_z3_leaf_modules` likewise"),
     _zero("zero_hpz_partition_size", 2, (3,), remark=_HPZ),
-    _zero("zero_quantized_gradients", True, (3,), bf16=True),
+    _zero("zero_quantized_gradients", True, (3,), bf16=True, remark="leaves out gradients of one dimension, as of θ"),
     Option("data_types.grad_accum_dtype", "fp32", (1, 2, 3), bf16=True),
     Option("communication_data_type", "fp32", (2, 3), bf16=True),
     Option("torch_autocast", {"enabled": True, "dtype": "bfloat16"}, (2, 3), OWN_ARITHMETIC),

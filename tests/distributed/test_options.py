@@ -92,6 +92,7 @@ def check_equal(found: Results, expected: Results) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_options_that_work_together_change_nothing(stage: int, runs: Results) -> None:
+    """Neither do they where the run is resumed after the third step."""
     check_equal(runs[f"together stage {stage}"], runs[f"fp32 stage {stage}"])
 
 
@@ -161,6 +162,20 @@ def less_usual(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def round_robin_on_four(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return run_ranks("options", 4, tmp_path_factory.mktemp("round_robin_on_four"), "round_robin")[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_ranks("options", 2, tmp_path_factory.mktemp("resumed"), "resumed")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "stage"), CASES)
+def test_a_run_with_an_option_continues_to_the_bit(option: Option, stage: int, resumed: Results) -> None:
+    found, expected = resumed[option.case(stage)]["found"], resumed[option.case(stage)]["expected"]
+    assert found["losses"] == expected["losses"]
+    for what in ("weights", "indices"):
+        assert all(torch.equal(found[what][name], expected[what][name]) for name in expected[what])
 
 
 @pytest.mark.slow  # float32 without offload is among the options

@@ -28,10 +28,10 @@ from lift_ds.runtime.logs import get_logger
 SETTINGS = lift_ds.LiftConfig(budget_rank=4, lra_rank=4, refresh_interval=2, solver="svd", lr=1e-3)
 
 
-def train(
+def start(
     stage: int, *options: Option, bf16: bool, compiled: bool = False, leaves: bool = False, **choices: Any
-) -> dict[str, Any]:
-    """Five steps, with two refreshes; the state of the optimizer is compared with the weights at the end."""
+) -> Any:
+    """An engine over a fresh small model."""
     config = engines.ds_config(stage, bf16=bf16, **choices)
     for option in options:
         option.apply(config)
@@ -43,19 +43,35 @@ def train(
         engine.compile(backend="aot_eager")
     if "data_efficiency" in config:
         convert_to_random_ltd(engine, LlamaDecoderLayer)
-    losses = engines.train(engine, "llama", range(5))
+    return engine
+
+
+def train(stage: int, *options: Option, saved: Path | None = None, **choices: Any) -> dict[str, Any]:
+    """Five steps, with two refreshes; the state of the optimizer is compared with the weights at the end.
+
+    With `saved`, a folder, the third step is followed by a save, and a new engine that loads it.
+    """
+    engine = start(stage, *options, **choices)
+    losses = engines.train(engine, "llama", range(3))
+    refreshes = [report.step for report in lift_ds.refreshes(engine)]
+    if saved is not None:
+        engine.save_checkpoint(saved)
+        engine.destroy()
+        engine = start(stage, *options, **choices)
+        engine.load_checkpoint(saved)
+    losses += engines.train(engine, "llama", range(3, 5))
     engine.optimizer.driver.check_state()
     found = {
         "losses": losses,
-        "indices": engines.whole_indices(model),
-        "weights": dict(remove_random_ltd_state_dict(engines.whole_weights(model))),
-        "refreshes": [report.step for report in lift_ds.refreshes(engine)],
+        "indices": engines.whole_indices(engine.module),
+        "weights": dict(remove_random_ltd_state_dict(engines.whole_weights(engine.module))),
+        "refreshes": sorted({*refreshes, *(report.step for report in lift_ds.refreshes(engine))}),
     }
     engine.destroy()
     return found
 
 
-def every_option() -> dict[str, Any]:
+def every_option(folder: Path) -> dict[str, Any]:
     """Each option in each of its stages, and for each stage the run without any."""
     results: dict[str, Any] = {}
     for option in OPTIONS:
@@ -66,7 +82,7 @@ def every_option() -> dict[str, Any]:
             results[option.case(stage)] = train(stage, option, bf16=option.bf16)
     for stage in (1, 2, 3):
         together = [option for option in TOGETHER if stage in option.stages]
-        results[f"together stage {stage}"] = train(stage, *together, bf16=False)
+        results[f"together stage {stage}"] = train(stage, *together, bf16=False, saved=folder / f"together{stage}")
     return results | {f"fp16 stage {stage}": half_precision(stage) for stage in (1, 2, 3)}
 
 
@@ -219,6 +235,18 @@ def less_usual() -> dict[str, Any]:
     return results | round_robin()
 
 
+def resumed(folder: Path) -> dict[str, Any]:
+    """Each option of a run that is resumed, and the same run at once."""
+    return {
+        option.case(stage): {
+            "expected": train(stage, option, bf16=option.bf16),
+            "found": train(stage, option, bf16=option.bf16, saved=folder / f"{option.key}{stage}"),
+        }
+        for option in OPTIONS
+        for stage in option.stages
+    }
+
+
 def round_robin() -> dict[str, Any]:
     """Round-robin gradients in every form that they have, each with the run without them."""
     (option,) = (option for option in OPTIONS if option.key.endswith("round_robin_gradients"))
@@ -235,8 +263,10 @@ def round_robin() -> dict[str, Any]:
 
 if __name__ == "__main__":
     engines.start()
+    where = Path(sys.argv[1])
     what = {
-        "every_option": lambda: every_option() | broken_states(Path(sys.argv[1])),
+        "every_option": lambda: every_option(where) | broken_states(where),
+        "resumed": lambda: resumed(where),
         "round_robin": round_robin,
         "less_usual": less_usual,
     }
