@@ -115,10 +115,11 @@ def _carry_bytes(engine: Any, case: Case) -> float:
     store, found = engine.optimizer.driver.store, []
     carry = store.carry
 
-    def measured(new: Sequence[tuple[PrincipalWeight, NewIndex]]) -> int:
+    def measured(new: Sequence[tuple[PrincipalWeight, Sequence[NewIndex]]]) -> int:
         replaced: list[int] = []
         peak = allocated_peak(lambda: replaced.append(carry(new)))
-        waiting = sum(one.words.nbytes + (0 if one.current is None else one.current.nbytes) for _, one in new)
+        indices = [one for _, selections in new for one in selections]
+        waiting = sum(one.words.nbytes + (0 if one.current is None else one.current.nbytes) for one in indices)
         found.append((peak + waiting) / new[0][0].entries())
         return replaced[0]
 
