@@ -32,6 +32,10 @@ PARITY_SOLVERS = {
 }
 #: The parity runs by other criteria, each at the stages where it is tried.
 PARITY_CRITERIA = {"random": (2, 3), "magnitude": (2,), "smallest": (3,), "gradient": (2, 3)}
+#: Variants of the parity run that the slow tests run.
+PARITY_SLOW = {
+    "gram stage 2", "gram stage 3", "random stage 2", "gradient stage 2", "bf16 stage 0", "bf16 stage 1 fp32 gradients",
+}  # fmt: skip
 #: Blocks of entries, refreshed in turns.
 PARITY_BLOCKS = replace(PARITY, block_shape=(2, 4), refresh_parts=3)
 

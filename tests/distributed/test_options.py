@@ -30,6 +30,8 @@ from lift_ds.zero.bind import STORES
 from lift_ds.zero.options import REFUSED, refuse_options, refuse_pipeline
 
 Results = dict[str, Any]
+#: One stage of each option, for the fast tests, and all.
+FAST_CASES = [pytest.param(option, option.stages[-1], id=option.case(option.stages[-1])) for option in OPTIONS]
 CASES = [pytest.param(option, stage, id=option.case(stage)) for option in OPTIONS for stage in option.stages]
 
 
@@ -70,8 +72,12 @@ def test_ranks_that_run_their_layers_in_different_orders_are_told_so(ranks: list
         )
 
 
-@pytest.mark.parametrize(("option", "stage"), CASES)
+@pytest.mark.parametrize(("option", "stage"), FAST_CASES)
 def test_an_option_that_works_changes_nothing(option: Option, stage: int, runs: Results) -> None:
+    check_option(option, stage, runs)
+
+
+def check_option(option: Option, stage: int, runs: Results) -> None:
     found, expected = runs[option.case(stage)], runs[f"{'bf16' if option.bf16 else 'fp32'} stage {stage}"]
     assert found["refreshes"] == [2, 4]
     if option.outcome != EXACT:
@@ -171,8 +177,11 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("option", "stage"), CASES)
-def test_a_run_with_an_option_continues_to_the_bit(option: Option, stage: int, resumed: Results) -> None:
-    found, expected = resumed[option.case(stage)]["found"], resumed[option.case(stage)]["expected"]
+def test_an_option_changes_nothing_in_any_stage_and_resumes_continue_to_the_bit(
+    option: Option, stage: int, resumed: Results
+) -> None:
+    check_option(option, stage, resumed)
+    found, expected = resumed[f"resumed {option.case(stage)}"], resumed[option.case(stage)]
     assert found["losses"] == expected["losses"]
     for what in ("weights", "indices"):
         assert all(torch.equal(found[what][name], expected[what][name]) for name in expected[what])

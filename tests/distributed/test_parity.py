@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import cases
@@ -33,7 +34,23 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks("parity_variants", 2, tmp_path_factory.mktemp("variants"))
+    return run_ranks("parity_variants", 2, tmp_path_factory.mktemp("variants"), "fast")
+
+
+@pytest.fixture(scope="module")
+def slow_on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks("parity_variants", 2, tmp_path_factory.mktemp("slow_variants"), "slow")
+
+
+def fast_and_slow(cases_of: Sequence[tuple[str, int]]) -> list[Any]:
+    """Parameters "variant stage N" with the fixture that has the run."""
+    names = [(variant, f"{variant} stage {stage}") for variant, stage in cases_of]
+    return [
+        pytest.param(variant, name, "slow_on_two_ranks", marks=pytest.mark.slow, id=name)
+        if name in cases.PARITY_SLOW
+        else pytest.param(variant, name, "two_ranks", id=name)
+        for variant, name in names
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +152,27 @@ def test_numbers_of_entries_that_the_ranks_do_not_divide(two_ranks: list[dict[st
     assert_same_training(two_ranks[0][f"odd stage {stage}"], train_reference("matrices", cases.PARITY_ODD))
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("solver", cases.PARITY_SOLVERS)
+@pytest.mark.parametrize(
+    ("solver", "name", "where"), fast_and_slow([(solver, stage) for solver in cases.PARITY_SOLVERS for stage in (2, 3)])
+)
 def test_every_solver_trains_on_two_ranks_as_in_one_process(
-    two_ranks: list[dict[str, Any]], solver: str, stage: int
+    request: pytest.FixtureRequest, solver: str, name: str, where: str
 ) -> None:
     """Where test_reference.py has it follow the reference in float64; in float32 solvers differ at the threshold."""
-    run = two_ranks[0][f"{solver} stage {stage}"]
+    run = request.getfixturevalue(where)[0][name]
     assert_same_training(run, train_plain(cases.PARITY_SOLVERS[solver]))
     assert run["refreshes"] == [(step, 14, 0) for step in (20, 40, 60)], "another solver was used than is tested"
 
 
-@pytest.mark.parametrize("criterion", cases.PARITY_CRITERIA)
-def test_every_criterion_trains_on_two_ranks_as_the_reference(two_ranks: list[dict[str, Any]], criterion: str) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "name", "where"),
+    fast_and_slow([(criterion, stage) for criterion, stages in cases.PARITY_CRITERIA.items() for stage in stages]),
+)
+def test_every_criterion_trains_on_two_ranks_as_the_reference(
+    request: pytest.FixtureRequest, criterion: str, name: str, where: str
+) -> None:
     expected = train_reference("llama", dataclasses.replace(cases.PARITY, criterion=criterion))
-    for stage in cases.PARITY_CRITERIA[criterion]:
-        assert_same_training(two_ranks[0][f"{criterion} stage {stage}"], expected)
+    assert_same_training(request.getfixturevalue(where)[0][name], expected)
 
 
 def test_gradients_on_different_batches_are_refused_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
@@ -190,11 +212,14 @@ def test_bf16_stages_agree_step_for_step(two_ranks: list[dict[str, Any]]) -> Non
             assert torch.equal(other["weights"][name], weight), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16 stage 0", "bf16 stage 1 fp32 gradients"])
-def test_other_bf16_wrappers_stay_close(two_ranks: list[dict[str, Any]], name: str) -> None:
+def test_other_bf16_wrappers_stay_close(
+    two_ranks: list[dict[str, Any]], slow_on_two_ranks: list[dict[str, Any]], name: str
+) -> None:
     """Gradients are added up in another precision there, so bf16 roundings (2**-8) of some weights differ."""
     stage_2 = two_ranks[0]["bf16 stage 2"]
-    assert two_ranks[0][name]["losses"] == pytest.approx(stage_2["losses"], rel=2e-3)
+    assert slow_on_two_ranks[0][name]["losses"] == pytest.approx(stage_2["losses"], rel=2e-3)
 
 
 def test_clipping_follows_torch(two_ranks: list[dict[str, Any]]) -> None:

@@ -14,7 +14,8 @@ from harness import run_ranks
 
 pytestmark = pytest.mark.slow
 
-KINDS = ["stage 0", "stage 1", "bf16 stage 1", "bf16 stage 2", "bf16 stage 3", "offload stage 2", "offload stage 3"]
+KINDS = [f"stage {stage}" for stage in range(4)] + [f"bf16 stage {stage}" for stage in (1, 2, 3)]
+KINDS += ["offload stage 2", "offload stage 3"]
 
 
 @pytest.fixture(scope="module")

@@ -380,7 +380,7 @@ if __name__ == "__main__":
     for stage in (1, 2, 3):
         results[f"skipped stage {stage}"] = skipped(stage)
     for stage in range(4):
-        for cut in (2, 3, 4) if stage in (2, 3) else (4,):
+        for cut in {2: (2, 4), 3: (3, 4)}.get(stage, (4,)):
             results[f"resume stage {stage} after {cut}"] = resume(stage, cut, folder)
     for stage in (2, 3):
         results[f"resume offload stage {stage}"] = resume(stage, 4, folder, offload=True)

@@ -71,15 +71,21 @@ def train(stage: int, *options: Option, saved: Path | None = None, **choices: An
     return found
 
 
+def without_options() -> dict[str, Any]:
+    """The runs that those with an option are compared with."""
+    return {
+        f"{'bf16' if bf16 else 'fp32'} stage {stage}": train(stage, bf16=bf16)
+        for bf16 in (False, True)
+        for stage in (1, 2, 3)
+    }
+
+
 def every_option(folder: Path) -> dict[str, Any]:
-    """Each option in each of its stages, and for each stage the run without any."""
-    results: dict[str, Any] = {}
+    """Each option in one of its stages, and for each stage the run without any."""
+    results = without_options()
     for option in OPTIONS:
-        for stage in option.stages:
-            without = f"{'bf16' if option.bf16 else 'fp32'} stage {stage}"
-            if without not in results:
-                results[without] = train(stage, bf16=option.bf16)
-            results[option.case(stage)] = train(stage, option, bf16=option.bf16)
+        stage = option.stages[-1]
+        results[option.case(stage)] = train(stage, option, bf16=option.bf16)
     for stage in (1, 2, 3):
         together = [option for option in TOGETHER if stage in option.stages]
         results[f"together stage {stage}"] = train(stage, *together, bf16=False, saved=folder / f"together{stage}")
@@ -236,15 +242,14 @@ def less_usual() -> dict[str, Any]:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """Each option of a run that is resumed, and the same run at once."""
-    return {
-        option.case(stage): {
-            "expected": train(stage, option, bf16=option.bf16),
-            "found": train(stage, option, bf16=option.bf16, saved=folder / f"{option.key}{stage}"),
-        }
-        for option in OPTIONS
-        for stage in option.stages
-    }
+    """Each option in each of its stages, at once and resumed."""
+    results = without_options()
+    for option in OPTIONS:
+        for stage in option.stages:
+            case, saved = option.case(stage), folder / f"{option.key}{stage}"
+            results[case] = train(stage, option, bf16=option.bf16)
+            results[f"resumed {case}"] = train(stage, option, bf16=option.bf16, saved=saved)
+    return results
 
 
 def round_robin() -> dict[str, Any]:

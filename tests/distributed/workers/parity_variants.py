@@ -1,11 +1,15 @@
 """The parity case with offload, accumulation, clipping, bf16, a replicated index, odd numbers of entries, the other
 solvers and criteria, and blocks refreshed in turns; saves what `parity` saves.
+
+parity_variants.py FOLDER fast|slow
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,27 +54,36 @@ def refusal_of_other_batches() -> str:
     return ""
 
 
+def variants() -> dict[str, Callable[[], Any]]:
+    """What makes each result."""
+    found: dict[str, Callable[[], Any]] = {
+        "clipped plain": run_clipped_plain,
+        "sharded": partial(run, "llama", 2),
+        "replicated": partial(run, "llama", 2, settings=replace(cases.PARITY, index_placement="replicated")),
+        "other batches": refusal_of_other_batches,
+        "bf16 stage 1 fp32 gradients": partial(run, "llama", 1, bf16=True, data_types={"grad_accum_dtype": "fp32"}),
+    }
+    for stage in (2, 3):
+        found[f"offload stage {stage}"] = partial(run, "llama", stage, offload=True)
+        found[f"accumulation stage {stage}"] = partial(run, "llama", stage, accumulation=2)
+        found[f"odd stage {stage}"] = partial(run, "matrices", stage, settings=cases.PARITY_ODD)
+        for solver, settings in cases.PARITY_SOLVERS.items():
+            found[f"{solver} stage {stage}"] = partial(run, "llama", stage, settings=settings)
+        found[f"blocks stage {stage}"] = partial(run, "matrices", stage, settings=cases.PARITY_BLOCKS)
+    for criterion, stages in cases.PARITY_CRITERIA.items():
+        settings = replace(cases.PARITY, criterion=criterion)
+        for stage in stages:
+            found[f"{criterion} stage {stage}"] = partial(run, "llama", stage, settings=settings)
+    for stage in (0, 2, 3):
+        found[f"clipped stage {stage}"] = partial(run, "llama", stage, gradient_clipping=CLIP)
+    for stage in range(4):
+        found[f"bf16 stage {stage}"] = partial(run, "llama", stage, bf16=True)
+    return found
+
+
 if __name__ == "__main__":
     engines.start()
-    results: dict[str, Any] = {"clipped plain": run_clipped_plain()}
-    for stage in (2, 3):
-        results[f"offload stage {stage}"] = run("llama", stage, offload=True)
-        results[f"accumulation stage {stage}"] = run("llama", stage, accumulation=2)
-    results["sharded"] = run("llama", 2)
-    results["replicated"] = run("llama", 2, settings=replace(cases.PARITY, index_placement="replicated"))
-    for stage in (2, 3):
-        results[f"odd stage {stage}"] = run("matrices", stage, settings=cases.PARITY_ODD)
-        for solver, settings in cases.PARITY_SOLVERS.items():
-            results[f"{solver} stage {stage}"] = run("llama", stage, settings=settings)
-        results[f"blocks stage {stage}"] = run("matrices", stage, settings=cases.PARITY_BLOCKS)
-    for criterion, stages in cases.PARITY_CRITERIA.items():
-        for stage in stages:
-            settings = replace(cases.PARITY, criterion=criterion)
-            results[f"{criterion} stage {stage}"] = run("llama", stage, settings=settings)
-    results["other batches"] = refusal_of_other_batches()
-    for stage in (0, 2, 3):
-        results[f"clipped stage {stage}"] = run("llama", stage, gradient_clipping=CLIP)
-    for stage in range(4):
-        results[f"bf16 stage {stage}"] = run("llama", stage, bf16=True)
-    results["bf16 stage 1 fp32 gradients"] = run("llama", 1, bf16=True, data_types={"grad_accum_dtype": "fp32"})
-    engines.finish(sys.argv[1], results)
+    slow = sys.argv[2] == "slow"
+    engines.finish(
+        sys.argv[1], {name: make() for name, make in variants().items() if (name in cases.PARITY_SLOW) == slow}
+    )

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     folder = sys.argv[1]
     results: dict[str, Any] = {}
     for cut in (2, 3, 4):
-        for stage in (0, 1):
+        for stage in range(4):
             results[f"stage {stage} after {cut}"] = resume(stage, cut, folder)
         for stage in (1, 2, 3):
             results[f"bf16 stage {stage} after {cut}"] = resume(stage, cut, folder, bf16=True)
