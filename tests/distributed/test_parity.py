@@ -27,7 +27,9 @@ TOLERANCE = 1e-6
 STAGES = (0, 1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"{n}ranks")
+@pytest.fixture(
+    scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)], ids=["1ranks", "2ranks", "4ranks"]
+)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks("parity", request.param, tmp_path_factory.mktemp("parity"))
 
