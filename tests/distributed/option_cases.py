@@ -160,7 +160,7 @@ ELSEWHERE = {
     "zero_force_ds_cpu_optimizer": "`lift_ds.initialize` sets it to false",
     "zero_optimization.offload_param.nvme_path": f"weights on a disk train as in memory ({_NVME})",
     "zero_optimization.offload_optimizer.nvme_path": f"states on a disk train as in memory ({_NVME})",
-    "aio": f"its defaults ({_NVME})",
+    "aio": f"trains with its defaults ({_NVME})",
     "compile": f"`engine.compile()` trains the same ({_HERE})",
     "checkpoint.load_universal": f"not read: loading sees whether a checkpoint is universal ({_CHECKPOINTS})",
     "activation_checkpointing": f"{_NO_EFFECT}for models that call `deepspeed.checkpointing`",

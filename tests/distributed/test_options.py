@@ -1,7 +1,8 @@
 """Pins what each option of a DeepSpeed file comes to: it trains as without it, or is refused by its key before anything
 is loaded. The table in the documentation is made from the same cases (`tests/unit/test_docs.py`).
 
-Two ranks; round-robin gradients on two and four, in every precision and with the optimizer offloaded.
+The fast tests try each option in one of its stages, the slow ones in all of them, and resume there. Two ranks;
+round-robin gradients on two and four, in every precision and with the optimizer offloaded.
 """
 
 from __future__ import annotations
@@ -110,6 +111,14 @@ def test_steps_that_overflow_in_float16_leave_nothing_behind(stage: int, runs: R
     assert run["found"]["refreshes"] == run["expected"]["refreshes"]
     assert run["found"]["refreshes"][:2] == [2, 4]
     check_equal(run["found"], run["expected"])
+
+
+def test_what_auto_becomes_is_refused_too(ranks: list[Results]) -> None:
+    """By every rank, so that none of them waits."""
+    for results in ranks:
+        assert (
+            "fp16.enabled=True in the DeepSpeed configuration is not supported in ZeRO stage 0" in results["fp16 auto"]
+        )
 
 
 class Asked(dict[str, Any]):

@@ -89,7 +89,11 @@ def every_option(folder: Path) -> dict[str, Any]:
     for stage in (1, 2, 3):
         together = [option for option in TOGETHER if stage in option.stages]
         results[f"together stage {stage}"] = train(stage, *together, bf16=False, saved=folder / f"together{stage}")
-    return results | {f"fp16 stage {stage}": half_precision(stage) for stage in (1, 2, 3)}
+    results |= {f"fp16 stage {stage}": half_precision(stage) for stage in (1, 2, 3)}
+    auto = engines.ds_config(0) | {"fp16": {"enabled": "auto"}}
+    model = cases.build("llama", torch.float16)
+    results["fp16 auto"] = engines.message_of(lambda: engines.lift_engine(model, auto, SETTINGS))
+    return results
 
 
 def half_precision(stage: int) -> dict[str, Any]:
